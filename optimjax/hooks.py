@@ -1,0 +1,88 @@
+"""Hooks: functions that run before and after a step, and around saving and loading, as in PyTorch."""
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+__all__ = ["Hooks", "RemovableHandle", "global_hooks"]
+
+
+class RemovableHandle:
+    """What registering a hook returns: ``remove()`` takes it off again; also a context manager."""
+
+    def __init__(self, hooks: "OrderedDict[int, Any]", key: int):
+        self._hooks = hooks
+        self._key = key
+
+    def remove(self) -> None:
+        """Take the hook off; a second call does nothing."""
+        self._hooks.pop(self._key, None)
+
+    def __enter__(self) -> "RemovableHandle":
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self.remove()
+
+
+class Hooks:
+    """The hooks of one optimizer, or those of all (:data:`global_hooks`)."""
+
+    _keys = itertools.count()
+
+    def __init__(self) -> None:
+        self.step_pre: OrderedDict[int, Any] = OrderedDict()
+        self.step_post: OrderedDict[int, Any] = OrderedDict()
+        self.state_dict_pre: OrderedDict[int, Any] = OrderedDict()
+        self.state_dict_post: OrderedDict[int, Any] = OrderedDict()
+        self.load_state_dict_pre: OrderedDict[int, Any] = OrderedDict()
+        self.load_state_dict_post: OrderedDict[int, Any] = OrderedDict()
+
+    def add(self, kind: str, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
+        """Register a hook of one kind, last or first."""
+        if not callable(hook):
+            raise TypeError(f"a hook must be callable, got {type(hook).__name__}: {hook!r}")
+        hooks = getattr(self, kind)
+        key = next(self._keys)
+        hooks[key] = hook
+        if prepend:
+            hooks.move_to_end(key, last=False)
+        return RemovableHandle(hooks, key)
+
+    def before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the hooks before a step, the global ones first; each may return new ``(args, kwargs)``."""
+        for hook in _in_order(global_hooks.step_pre, self.step_pre):
+            result = hook(optimizer, args, kwargs)
+            if result is not None:
+                if not isinstance(result, tuple) or len(result) != 2:
+                    raise RuntimeError(
+                        f"{optimizer.step} must return None or a tuple of (new_args, new_kwargs), but got {result}."
+                    )
+                args, kwargs = result
+        return args, kwargs
+
+    def after_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run the hooks after a step, the global ones last."""
+        for hook in _in_order(self.step_post, global_hooks.step_post):
+            hook(optimizer, args, kwargs)
+
+    def replace(self, kind: str, optimizer: Any, state_dict: Any) -> Any:
+        """Run hooks that may return a state dict in place of the one they are given."""
+        for hook in list(getattr(self, kind).values()):
+            replacement = hook(optimizer, state_dict)
+            if replacement is not None:
+                state_dict = replacement
+        return state_dict
+
+    def notify(self, kind: str, optimizer: Any) -> None:
+        """Run hooks that only get the optimizer."""
+        for hook in list(getattr(self, kind).values()):
+            hook(optimizer)
+
+
+def _in_order(*hooks: "OrderedDict[int, Any]") -> Iterable[Any]:
+    return [hook for group in hooks for hook in group.values()]
+
+
+global_hooks = Hooks()

@@ -1,0 +1,212 @@
+"""Lift a rule to a pure function over pytrees.
+
+``init(params) -> state`` and ``update(params, grads, state) -> (params, state)``, with hyperparameters that may be
+numbers, arrays, tracers, schedules or trees of these, resolved here for each leaf.
+"""
+
+import functools
+import inspect
+from collections import namedtuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from optimjax.rule import Hyperparameters, Numeric, Rule, apply
+from optimjax.tree import check_gradient, flatten_params, match, names
+
+if TYPE_CHECKING:
+    from optimjax.optimizer import Optimizer
+
+__all__ = ["Algorithm", "factory"]
+
+P = ParamSpec("P")
+
+
+class Algorithm(NamedTuple):
+    """A pure optimizer: two functions, to be used under ``jit``, ``scan``, ``vmap``, ``grad`` or as they are.
+
+    Attributes:
+      init: ``init(params) -> state``. ``params`` is any pytree of real or complex floating arrays. ``state`` is a
+        NamedTuple: ``step``, an int32 scalar counting updates, then one tree with the structure, shapes and dtypes of
+        ``params`` for each array that the algorithm keeps, under PyTorch's names.
+      update: ``update(params, grads, state, **overrides) -> (params, state)``. ``grads`` has the structure of
+        ``params``; ``None`` in place of a gradient leaves that parameter and its slots as they are. A keyword
+        overrides a numeric hyperparameter for this call.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from optimjax import functional as F
+    >>> adam = F.adam(lr=lambda count: 0.1 / (1 + count))
+    >>> params = {"w": jnp.array(1.0)}
+    >>> state = adam.init(params)
+    >>> params, state = jax.jit(adam.update)(params, {"w": jnp.array(2.0)}, state)
+    >>> print(f"{params['w']:.4f} {state.exp_avg['w']:.4f}")
+    0.9000 0.2000
+    """
+
+    init: Callable[..., Any]
+    update: Callable[..., tuple[Any, Any]]
+
+
+def factory(cls: "Callable[Concatenate[Any, P], Optimizer]") -> Callable[P, Algorithm]:
+    """The functional face of an optimizer class: the same keywords, without ``params``.
+
+    Works for any subclass of :class:`optimjax.Optimizer` that has a ``rule``, also one written elsewhere.
+
+    >>> import optimjax as optim
+    >>> sgd = optim.functional.factory(optim.SGD)
+    >>> algorithm = sgd(lr=0.1)
+    """
+    optimizer_class: Any = cls
+
+    def make(*args: P.args, **kwargs: P.kwargs) -> Algorithm:
+        defaults = optimizer_class._defaults_of(*args, **kwargs)
+        return lift(optimizer_class.rule, optimizer_class.hyperparameters, defaults, optimizer_class.__name__)
+
+    make.__name__ = make.__qualname__ = optimizer_class.__name__.lower()
+    make.__module__ = optimizer_class.__module__
+    make.__doc__ = (
+        f"A pure :class:`optimjax.functional.Algorithm` with the arithmetic and the keywords of "
+        f":class:`{optimizer_class.__name__}`.\n\nEach number may also be an array, a tracer, a schedule "
+        f"``count -> value``, or a tree of these that is a prefix of ``params``.\n"
+    )
+    signature = inspect.signature(optimizer_class)
+    make.__signature__ = signature.replace(  # pyright: ignore[reportFunctionMemberAccess]
+        parameters=list(signature.parameters.values())[1:], return_annotation=Algorithm
+    )
+    return make
+
+
+def lift(rule: Rule, hyperparameters: Hyperparameters, values: Mapping[str, Any], name: str) -> Algorithm:
+    """The algorithm that applies ``rule`` with these hyperparameters to every leaf of a tree."""
+    for key, value in values.items():
+        _check(hyperparameters, key, value)
+    flags = hyperparameters.flags(values)
+    if rule.check is not None:
+        rule.check(hyperparameters.hyper(values), flags)
+    fields = active_fields(rule, hyperparameters, flags)
+    state_type = _state_type(name, fields)
+
+    def pack(step: Array, treedef: Any, slots: list[Any]) -> Any:
+        return state_type(step, *(treedef.unflatten([getattr(s, field) for s in slots]) for field in fields))
+
+    def unpack(treedef: Any, state: Any) -> list[Any]:
+        if not isinstance(state, state_type):
+            raise TypeError(
+                f"state must be the {state_type.__name__}{state_type._fields} that this algorithm's init returns, got "
+                f"{type(state).__name__}{getattr(state, '_fields', '')}"
+            )
+        columns = {field: treedef.flatten_up_to(getattr(state, field)) for field in fields}
+        absent = dict.fromkeys(rule.slots._fields)
+        return [
+            rule.slots(**absent | {field: column[index] for field, column in columns.items()})
+            for index in range(treedef.num_leaves)
+        ]
+
+    def init(params: Any) -> Any:
+        """The state before the first update; see :class:`Algorithm`."""
+        leaves, treedef = flatten_params(params)
+        step = jnp.zeros((), jnp.int32)
+        hypers = _per_leaf(hyperparameters, values, params, step)
+        return pack(step, treedef, [rule.init(p, hyper, flags) for p, hyper in zip(leaves, hypers, strict=True)])
+
+    def update(params: Any, grads: Any, state: Any, **overrides: Any) -> tuple[Any, Any]:
+        """One update of every parameter; see :class:`Algorithm`."""
+        leaves, treedef = flatten_params(params)
+        grad_leaves = match(treedef, grads, lambda: names(params))
+        _check_overrides(hyperparameters, overrides, flags)
+        slots = unpack(treedef, state)
+        step = state.step + 1
+        hypers = _per_leaf(hyperparameters, {**values, **overrides}, params, state.step)
+        scalars = {id(hyper): rule.scalars(step, hyper) for hyper in {id(h): h for h in hypers}.values()}
+        for index, (param, grad) in enumerate(zip(leaves, grad_leaves, strict=True)):
+            if grad is not None:
+                check_gradient(lambda index=index: names(params)[index] or "params", param, grad)
+                leaves[index], slots[index] = apply(rule, flags, param, grad, slots[index], scalars[id(hypers[index])])
+        return treedef.unflatten(leaves), pack(step, treedef, slots)
+
+    return Algorithm(init, update)
+
+
+@functools.cache
+def active_fields(rule: Rule, hyperparameters: Hyperparameters, flags: Any) -> tuple[str, ...]:
+    """The slots that exist under these flags."""
+    kinds = hyperparameters.kinds.items()
+    zeros = {key: (0.0,) * kind.length or 0.0 for key, kind in kinds if isinstance(kind, Numeric)}
+    hyper = hyperparameters.hyper(zeros | flags._asdict())
+    slots = jax.eval_shape(lambda: rule.init(jnp.zeros(()), hyper, flags))
+    return tuple(field for field, slot in slots._asdict().items() if slot is not None)
+
+
+@functools.cache
+def _state_type(name: str, fields: tuple[str, ...]) -> Any:
+    """One class for each set of fields, so that trees of states compare equal; it pickles by what it was made from."""
+    cls = namedtuple(f"{name}State", ("step", *fields), module=__name__)
+    cls.__doc__ = f"State of {name}: the number of updates done, then one tree like the parameters for each slot."
+    cls.__reduce__ = lambda self: (_restore_state, (name, fields, tuple(self)))
+    return cls
+
+
+def _restore_state(name: str, fields: tuple[str, ...], values: tuple[Any, ...]) -> Any:
+    return _state_type(name, fields)(*values)
+
+
+def _check(hyperparameters: Hyperparameters, key: str, value: Any) -> None:
+    """Check every value of a hyperparameter that may be a tree of values."""
+    kind = hyperparameters.kinds.get(key)
+    if isinstance(kind, Numeric):
+        for leaf in jax.tree.leaves(value, is_leaf=kind.is_value):
+            kind.check(key, leaf)
+    elif kind is not None:
+        kind.check(key, value)
+
+
+def _check_overrides(hyperparameters: Hyperparameters, overrides: Mapping[str, Any], flags: Any) -> None:
+    for key, value in overrides.items():
+        if key not in hyperparameters.numeric:
+            raise TypeError(
+                f"update() got an unexpected keyword argument {key!r}: only numeric hyperparameters can be overridden, "
+                f"which are {', '.join(hyperparameters.numeric)}"
+            )
+        if getattr(flags, key, True) is False:
+            raise ValueError(
+                f"{key}={value} cannot be switched on for one update: it was 0 when this algorithm was made"
+            )
+        _check(hyperparameters, key, value)
+
+
+def _per_leaf(hyperparameters: Hyperparameters, values: Mapping[str, Any], params: Any, count: Array) -> list[Any]:
+    """For each leaf its hyperparameters, schedules evaluated; leaves that agree in all share one object."""
+    columns = [_broadcast(hyperparameters.kinds[key], key, values[key], params) for key in hyperparameters.numeric]
+    resolved: dict[int, Any] = {}  # by identity, so that a schedule is evaluated once
+    hypers: dict[tuple[int, ...], Any] = {}
+    result = []
+    for row in zip(*columns, strict=True) if columns else [()] * jax.tree.structure(params).num_leaves:
+        key = tuple(map(id, row))
+        if key not in hypers:
+            for name, value in zip(hyperparameters.numeric, row, strict=True):
+                kind: Any = hyperparameters.kinds[name]
+                if id(value) not in resolved:
+                    resolved[id(value)] = kind.resolve(value, count)
+            hypers[key] = hyperparameters.hyper(
+                {**values, **{n: resolved[id(v)] for n, v in zip(hyperparameters.numeric, row, strict=True)}}
+            )
+        result.append(hypers[key])
+    return result
+
+
+def _broadcast(kind: Any, key: str, value: Any, params: Any) -> list[Any]:
+    """One value for each leaf of ``params``, from one for all or from a tree that is a prefix of ``params``."""
+    if kind.is_value(value):
+        return [value] * jax.tree.structure(params).num_leaves
+    leaves: list[Any] = []
+    try:
+        jax.tree.map(
+            lambda v, subtree: leaves.extend([v] * jax.tree.structure(subtree).num_leaves),
+            value, params, is_leaf=kind.is_value,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"{key} must be one value or a tree that is a prefix of the parameters: {error}") from None
+    return leaves

@@ -1,0 +1,574 @@
+"""The facade: groups, step, state. It unwraps, calls the compiled update, writes back; no arithmetic.
+
+`step` runs one compiled program for each bucket of up to 32 parameters of equal shape, dtype and structure. What is
+compiled depends on those alone: step counts and group values are turned into scalars on the host, in double
+precision, and enter as one small array.
+"""
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+
+from optimjax import state_dict as _state_dict
+from optimjax.hooks import Hooks, RemovableHandle, global_hooks
+from optimjax.lift import active_fields
+from optimjax.loss import Updates, capture, update_from_loss, value_and_grad
+from optimjax.parameter import ModuleSource, Parameter, Source, source_of
+from optimjax.rule import Hyperparameters, Rule, apply
+from optimjax.tree import check_gradient
+
+__all__ = [
+    "Optimizer",
+    "ParameterState",
+    "register_optimizer_step_post_hook",
+    "register_optimizer_step_pre_hook",
+]
+
+BUCKET = 32  # parameters of equal shape that one program updates; see docs/architecture.md for the measurement
+
+
+class ParameterState(MutableMapping[str, Any]):
+    """What the optimizer keeps for one parameter: arrays by name, and ``step``.
+
+    A step donates the arrays to the compiled program, which updates them in place. Arrays that were read through this
+    mapping may be in the user's hands, so the next step works on copies of them: an array once read stays valid.
+    """
+
+    __slots__ = ("_values", "owned")
+
+    def __init__(self, values: Mapping[str, Any] = {}):
+        self._values = dict(values)
+        self.owned = False  # whether nobody else can hold the arrays
+
+    def __getitem__(self, name: str) -> Any:
+        self.owned = False
+        return self._values[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.owned = False
+        self._values[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._values[name]
+
+    def __iter__(self) -> Any:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ParameterState":
+        return ParameterState(dict(self))  # the arrays are immutable; reading them marked them as shared
+
+    def __reduce__(self) -> Any:
+        return ParameterState, (dict(self),)
+
+    def peek(self, name: str) -> Any:
+        """The entry, for the optimizer's own use; ``None`` if absent."""
+        return self._values.get(name)
+
+    def replace(self, values: Mapping[str, Any]) -> None:
+        """Store what a step has just computed and nobody else has seen."""
+        self._values.update(values)
+        self.owned = True
+
+
+class _Job(NamedTuple):
+    """One parameter's share of a step."""
+
+    parameter: Parameter
+    grad: Any
+    state: ParameterState
+    slots: Any
+    row: tuple[float, ...]
+    flags: Any
+    step: int
+
+
+class Optimizer:
+    """Base class of all optimizers, as ``torch.optim.Optimizer``.
+
+    A subclass sets ``rule`` and passes its hyperparameters to this constructor; nothing else is needed::
+
+        class SignSGD(optim.Optimizer):
+            rule = Rule(Slots, init, scalars, update)
+
+            def __init__(self, params, lr: LearningRate = 1e-3):
+                super().__init__(params, dict(lr=lr))
+
+        sign_sgd = optim.functional.factory(SignSGD)
+
+    Or it overrides ``step`` in plain Python, as custom PyTorch optimizers do.
+
+    Args:
+      params: a pytree of arrays, a ``flax.nnx`` module, an iterable of :class:`optimjax.Parameter` or of ``(name,
+        Parameter)``, or a list of dicts, each with ``params`` (any of these) and the group's own options.
+      defaults: the hyperparameters of groups that do not give their own.
+
+    Raises:
+      ValueError: nothing to optimize, a hyperparameter out of range, a parameter in two groups.
+      TypeError: ``params`` is a single Parameter or a set; a value of the wrong type; an unknown option.
+    """
+
+    rule: ClassVar[Rule | None] = None
+    hyperparameters: ClassVar[Hyperparameters]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.hyperparameters = Hyperparameters(cls, Optimizer)
+        if "step" in vars(cls):
+            cls.step = _hooked(vars(cls)["step"])
+
+    def __init__(self, params: Any, defaults: dict[str, Any]):
+        self.defaults = defaults
+        if params is _DEFAULTS_ONLY:
+            return
+        self.state: defaultdict[Parameter, ParameterState] = defaultdict(ParameterState)
+        self.param_groups: list[dict[str, Any]] = []
+        self._hooks = Hooks()
+        self._sources: list[Source] = []
+        self._step_called = False  # lr_scheduler warns where its step comes first
+        self._in_step = False
+        self._check(defaults, "")
+
+        if isinstance(params, Parameter):
+            raise TypeError(
+                "params argument given to the optimizer should be an iterable of Parameters or dicts, "
+                f"but got a single {params!r}: put it in a list"
+            )
+        groups = params if _is_list_of_groups(params) else None
+        self._grouped = groups is not None
+        if not (isinstance(params, (list, tuple)) and not params):
+            for group in groups or [{"params": params}]:
+                self.add_param_group(group)
+        if not any(group["params"] for group in self.param_groups):
+            raise ValueError("optimizer got an empty parameter list")
+
+    @classmethod
+    def _defaults_of(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What the constructor would make of these hyperparameters."""
+        optimizer = cls.__new__(cls)
+        optimizer.__init__(_DEFAULTS_ONLY, *args, **kwargs)
+        return optimizer.defaults
+
+    # --- groups ---
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, with its own options.
+
+        Args:
+          param_group: ``params``, anything that an optimizer takes, and any of the hyperparameters.
+
+        Raises:
+          TypeError: not a dict, or an option that this optimizer does not know.
+          ValueError: a parameter is in two groups, an option is out of range, some groups have names and some not.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group).__name__}: {param_group!r}")
+        if "params" not in param_group:
+            raise ValueError(f"param_group has no 'params', only {list(param_group)}")
+        where = f" of param_groups[{len(self.param_groups)}]"
+        given = param_group["params"]
+        source = source_of([given] if isinstance(given, Parameter) else given)
+        group: dict[str, Any] = {**self.defaults, **param_group, "params": list(source.parameters)}
+        if source.names is not None:
+            group["param_names"] = list(source.names)
+        for name in param_group.keys() - self.hyperparameters.kinds.keys() - self.defaults.keys():
+            if name not in ("params", "param_names", "initial_lr", "name"):
+                raise TypeError(f"unknown option {name!r}{where}: {type(self).__name__} knows {sorted(self.defaults)}")
+        self._check(group, where)
+
+        seen = {box for other in self.param_groups for box in other["params"]}
+        if len(group["params"]) != len(set(group["params"])):
+            raise ValueError(f"a parameter appears more than once{where}")
+        twice = [str(box) for box in group["params"] if box in seen]
+        if twice:
+            raise ValueError(f"some parameters appear in more than one parameter group: {', '.join(twice)}")
+        for other in self.param_groups:
+            if ("param_names" in other) != ("param_names" in group):
+                with_or_without = "with names" if "param_names" in group else "without names"
+                raise ValueError(
+                    "all optimizer param groups should be with/without names. "
+                    f"cannot add param group {with_or_without} to the optimizer"
+                )
+
+        if self._sources and not (source.bound and isinstance(self._sources[0], ModuleSource)):
+            self._grouped = True
+        self._sources.append(source)
+        self.param_groups.append(group)
+        if self.rule is not None and self.rule.eager:
+            hyper, flags = self._resolve(group, where)
+            for box in group["params"]:
+                self.state[box].replace(self._initial_state(box, hyper, flags))
+
+    def _check(self, values: Mapping[str, Any], where: str) -> None:
+        for name, value in values.items():
+            if name in self.hyperparameters.numeric and any(map(callable, jax.tree.leaves([value]))):
+                raise TypeError(
+                    f"{name}{where} must be a number, got {value!r}: "
+                    "schedules belong to optim.functional, or use optim.lr_scheduler"
+                )
+        self.hyperparameters.check(values, self.rule)
+
+    @property
+    def params(self) -> Any:
+        """The parameters as they were handed in, with their present values.
+
+        For a module it is the module; for boxes the list of their values, or a dict by name; for a list of groups, a
+        list with one entry a group.
+        """
+        return self._view(lambda source: source.view())
+
+    def _view(self, look: Callable[[Source], Any]) -> Any:
+        views = [look(source) for source in self._sources]
+        return views if self._grouped else views[0]
+
+    # --- gradients ---
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, or set those that exist to zero."""
+        for box in self._parameters():
+            box.grad = None if set_to_none or box.grad is None else jnp.zeros_like(box.grad)
+
+    def backward(self, loss_fn: Callable[..., Any], *args: Any, has_aux: bool = False) -> Any:
+        """Differentiate ``loss_fn(optimizer.params, *args)`` and add the gradients into ``Parameter.grad``.
+
+        An optimizer made from boxes of a ``flax.nnx`` module takes the module among ``args`` instead:
+        ``backward(loss_fn, model, x, y)`` calls ``loss_fn(model, x, y)``. Batch statistics and random state of
+        modules are updated. Compiled once for each ``loss_fn`` object and shapes of ``args``: a lambda made anew in
+        every iteration compiles in every iteration.
+
+        Args:
+          loss_fn: returns a real scalar, or ``(scalar, aux)`` with ``has_aux``.
+          args: arrays and trees of arrays; other leaves (strings, functions) are compiled in.
+          has_aux: whether ``loss_fn`` returns something beside the loss.
+
+        Returns:
+          The loss, or ``(loss, aux)``.
+
+        >>> import jax.numpy as jnp, optimjax as optim
+        >>> optimizer = optim.SGD({"w": jnp.array(2.0)}, lr=0.1)
+        >>> loss = optimizer.backward(lambda params, x: (params["w"] * x) ** 2, 3.0)
+        >>> print(loss, optimizer.param_groups[0]["params"][0].grad)
+        36.0 36.0
+        """
+        call = self._capture(loss_fn, args)
+        accumulated = [box.grad for box in call.boxes]
+        loss, aux, changed, grads = value_and_grad(
+            loss_fn, call.cut, has_aux, call.differentiated, call.traced, accumulated
+        )
+        call.write_back(changed)
+        for box, grad in zip(call.boxes, grads, strict=True):
+            box.grad = grad
+        return (loss, aux) if has_aux else loss
+
+    def _capture(self, loss_fn: Any, args: tuple[Any, ...]) -> Any:
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}: {loss_fn!r}")
+        if not all(source.bound for source in self._sources):
+            args = (self._view(lambda source: source.boxed()), *args)
+        call = capture(args, self._parameters())
+        if not call.boxes:
+            raise ValueError(
+                "none of the optimizer's parameters that require a gradient is among the arguments: "
+                "pass the module that they belong to, as in step(loss_fn, model, x, y)"
+            )
+        return call
+
+    # --- step ---
+
+    def step(self, grads_or_loss: Any = None, *args: Any) -> Any:
+        """Update every parameter that has a gradient.
+
+        Three forms: ``step()`` uses ``Parameter.grad``; ``step(grads)`` takes gradients in the structure of
+        ``params`` (for a module what ``nnx.grad`` returns, for boxes a list in their order), ``None`` where one is
+        missing; ``step(loss_fn, *args)`` computes value, gradient and update in one compiled program and returns the
+        loss. A parameter without a gradient is left alone, with its state and its count.
+
+        Raises:
+          ValueError, TypeError: gradients of another structure, shape or kind; the message names the path. Nothing has
+            changed then.
+        """
+        given, kwargs = (self, grads_or_loss, *args) if args or grads_or_loss is not None else (self,), {}
+        hooked = not self._in_step  # the step of a subclass, which called this one, has run the hooks
+        if hooked:
+            given, kwargs = self._hooks.before_step(self, given, kwargs)
+            grads_or_loss, args = given[1] if len(given) > 1 else None, given[2:]
+        loss = None
+        if grads_or_loss is None:
+            self._update((box, box.grad) for box in self._parameters())
+        elif callable(grads_or_loss) and not self._are_gradients(grads_or_loss):
+            loss = self._update_from_loss(grads_or_loss, args)
+        elif args:
+            raise TypeError(f"step(grads) takes no further arguments, got {len(args)}")
+        else:
+            self._update(self._pair(grads_or_loss))
+        self._step_called = True
+        if hooked:
+            self._hooks.after_step(self, given, kwargs)
+        return loss
+
+    def _are_gradients(self, x: Any) -> bool:
+        """Whether a callable is a tree of gradients, as an Equinox module is."""
+        try:
+            list(self._pair(x))
+        except (ValueError, TypeError):
+            return False
+        return True
+
+    def _pair(self, grads: Any) -> Iterable[tuple[Parameter, Any]]:
+        parts = [grads]
+        if self._grouped:
+            if not isinstance(grads, (list, tuple)) or len(grads) != len(self._sources):
+                raise ValueError(f"gradients must be a list with one entry for each of {len(self._sources)} groups")
+            parts = list(grads)
+        elif len(self._sources) > 1:
+            raise ValueError("groups were added to this module's optimizer: use backward() and step(), or a loss_fn")
+        return [
+            pair
+            for source, part in zip(self._sources, parts, strict=True)
+            for pair in zip(source.parameters, source.gradients(part), strict=True)
+        ]
+
+    def _update(self, pairs: Iterable[tuple[Parameter, Any]]) -> None:
+        grads = {box: grad for box, grad in pairs if grad is not None}
+        for box, grad in grads.items():
+            check_gradient(box.__str__, box, grad)
+        buckets: defaultdict[Any, list[_Job]] = defaultdict(list)
+        for job in self._jobs(grads):
+            buckets[job.flags, job.parameter.signature()].append(job)
+        for (flags, _), jobs in buckets.items():
+            for start in range(0, len(jobs), BUCKET):
+                bucket = jobs[start : start + BUCKET]
+                boxes, gradients, _, slots, rows, *_ = zip(*bucket, strict=True)
+                params = [box.value for box in boxes]
+                results = _update_bucket(self.rule, self._scalars_type, flags, params, gradients, slots, np.array(rows))
+                # At once: an interrupt between two buckets must not lose the slots that the first has donated.
+                for job, (param, slot) in zip(bucket, results, strict=True):
+                    self._commit(job, param, slot)
+
+    def _commit(self, job: _Job, param: Array, slots: Any) -> None:
+        job.parameter.write_updated(param)
+        values = {name: slot for name, slot in zip(slots._fields, slots, strict=True) if slot is not None}
+        if self.rule.counts_steps:  # pyright: ignore[reportOptionalMemberAccess]
+            values["step"] = job.step
+        if values:
+            self.state[job.parameter] = job.state
+            job.state.replace(values)
+
+    def _update_from_loss(self, loss_fn: Callable[..., Any], args: tuple[Any, ...]) -> Array:
+        call = self._capture(loss_fn, args)
+        by_box = {job.parameter: job for job in self._jobs(dict.fromkeys(call.boxes, True))}
+        jobs = [by_box[box] for box in call.boxes]
+        updates = Updates(self._rule(), self._scalars_type, tuple(job.flags for job in jobs))
+        loss, changed, params, slots = update_from_loss(
+            loss_fn,
+            call.cut,
+            updates,
+            call.differentiated,
+            call.traced,
+            [job.slots for job in jobs],
+            np.array([job.row for job in jobs]),
+        )
+        call.write_back(changed)
+        for job, param, slot in zip(jobs, params, slots, strict=True):
+            self._commit(job, param, slot)
+        return loss
+
+    def _jobs(self, grads: Mapping[Parameter, Any]) -> list[_Job]:
+        """Everything that the step needs, prepared before anything changes."""
+        rule = self._rule()
+        jobs = []
+        absent = dict.fromkeys(rule.slots._fields)
+        for index, group in enumerate(self.param_groups):
+            hyper, flags = self._resolve(group, f" of param_groups[{index}]")
+            fields = active_fields(rule, self.hyperparameters, flags)
+            rows: dict[int, Any] = {}  # scalars by step count
+            for box in group["params"]:
+                grad = grads.get(box)
+                if grad is None:
+                    continue
+                state = self.state.get(box)
+                if state is None:
+                    state = ParameterState()
+                values = {name: state.peek(name) for name in fields}
+                step = 2
+                if any(value is None for value in values.values()):
+                    initial = self._initial_state(box, hyper, flags)
+                    values = {name: initial[name] if value is None else value for name, value in values.items()}
+                    step = 1
+                if not state.owned:
+                    values = {name: jnp.copy(value) for name, value in values.items()}
+                if rule.counts_steps:
+                    step = int(state.peek("step") or 0) + 1
+                if step not in rows:
+                    scalars = rule.scalars(step, hyper)
+                    self._scalars_type = type(scalars)
+                    rows[step] = tuple(map(_concrete, scalars))
+                slots = rule.slots(**absent | values)
+                jobs.append(_Job(box, grad, state, slots, rows[step], flags, step))
+        return jobs
+
+    def _resolve(self, group: Mapping[str, Any], where: str) -> tuple[Any, Any]:
+        """The group's hyperparameters as Python numbers, and its flags."""
+        flags = self.hyperparameters.flags(group)
+        values = dict(group)
+        for name in self.hyperparameters.numeric:
+            try:
+                value = group[name]
+                values[name] = tuple(map(_concrete, value)) if isinstance(value, (tuple, list)) else _concrete(value)
+            except (TypeError, ValueError, KeyError) as error:
+                raise type(error)(f"{name}{where} is {group.get(name)!r}, which is no number: {error}") from None
+        return self.hyperparameters.hyper(values), flags
+
+    def _initial_state(self, box: Parameter, hyper: Any, flags: Any) -> dict[str, Any]:
+        rule = self._rule()
+        slots = rule.init(box.value, hyper, flags)._asdict()
+        steps = {"step": 0} if rule.counts_steps else {}
+        return steps | {name: slot for name, slot in slots.items() if slot is not None}
+
+    def _rule(self) -> Rule:
+        if self.rule is None:
+            raise NotImplementedError(f"{type(self).__name__} must set `rule` or override step()")
+        return self.rule
+
+    def _parameters(self) -> list[Parameter]:
+        return [box for group in self.param_groups for box in group["params"]]
+
+    # --- saving and loading ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the groups in PyTorch's layout: arrays and plain Python values only.
+
+        ``{'state': {0: {'step': 1, 'exp_avg': ...}}, 'param_groups': [{'lr': ..., 'params': [0]}]}``. A snapshot:
+        later steps do not change it.
+        """
+        self._hooks.notify("state_dict_pre", self)
+        return self._hooks.replace("state_dict_post", self, _state_dict.pack(self))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned, of this library or of PyTorch (NumPy, JAX or PyTorch arrays).
+
+        Parameters are matched by name where both sides have names, else by order. The saved dtype is kept.
+
+        Raises:
+          ValueError: another number of groups or of parameters, other names or shapes, state that this optimizer does
+            not keep. Nothing has changed then.
+        """
+        state_dict = self._hooks.replace("load_state_dict_pre", self, dict(state_dict))
+        _state_dict.load(self, state_dict)
+        self._hooks.notify("load_state_dict_post", self)
+
+    def _slot_shapes(self, group: Mapping[str, Any], where: str) -> Callable[[Parameter], dict[str, Any]] | None:
+        """For a parameter the shape of each slot that it has in this group, ``None`` for one it has not."""
+        rule = self.rule
+        if rule is None:
+            return None
+        hyper, flags = self._resolve(group, where)
+
+        def shapes(box: Parameter) -> dict[str, Any]:
+            slots = jax.eval_shape(lambda value: rule.init(value, hyper, flags), box.value)
+            return {name: getattr(slot, "shape", None) for name, slot in slots._asdict().items()}
+
+        return shapes
+
+    # --- hooks ---
+
+    def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        """Call ``hook(optimizer, args, kwargs)`` before each step; it may return new ``(args, kwargs)``.
+
+        As in PyTorch, ``args`` begins with the optimizer itself.
+        """
+        return self._hooks.add("step_pre", hook)
+
+    def register_step_post_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        """Call ``hook(optimizer, args, kwargs)`` after each step."""
+        return self._hooks.add("step_post", hook)
+
+    def register_state_dict_pre_hook(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
+        """Call ``hook(optimizer)`` before :meth:`state_dict`."""
+        return self._hooks.add("state_dict_pre", hook, prepend)
+
+    def register_state_dict_post_hook(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
+        """Call ``hook(optimizer, state_dict)`` after :meth:`state_dict`; it may return another one."""
+        return self._hooks.add("state_dict_post", hook, prepend)
+
+    def register_load_state_dict_pre_hook(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
+        """Call ``hook(optimizer, state_dict)`` with a shallow copy before loading; it may return another one."""
+        return self._hooks.add("load_state_dict_pre", hook, prepend)
+
+    def register_load_state_dict_post_hook(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
+        """Call ``hook(optimizer)`` after loading."""
+        return self._hooks.add("load_state_dict_post", hook, prepend)
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__} ("]
+        for index, group in enumerate(self.param_groups):
+            lines.append(f"Parameter Group {index}")
+            lines.extend(f"    {key}: {group[key]}" for key in sorted(group) if key not in ("params", "param_names"))
+        return "\n".join([*lines, ")"])
+
+
+Optimizer.hyperparameters = Hyperparameters(Optimizer, Optimizer)
+
+_DEFAULTS_ONLY = object()  # in place of params: work out the defaults, make no optimizer
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "scalars", "flags"), donate_argnames="slots")
+def _update_bucket(
+    rule: Rule, scalars: Any, flags: Any, params: Any, grads: Any, slots: Any, rows: Any
+) -> list[tuple[Array, Any]]:
+    return [
+        apply(rule, flags, param, grad, slot, scalars(*row))
+        for param, grad, slot, row in zip(params, grads, slots, rows, strict=True)
+    ]
+
+
+def _is_list_of_groups(params: Any) -> bool:
+    groups = isinstance(params, (list, tuple)) and bool(params)
+    return groups and all(isinstance(group, dict) and "params" in group for group in params)
+
+
+def _concrete(value: Any) -> Any:
+    """A Python number where that is possible; a tracer stays one."""
+    return value if isinstance(value, Tracer) else float(value)
+
+
+def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step of a subclass, with the hooks around it."""
+
+    @functools.wraps(step)
+    def wrapper(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if self._in_step:
+            return step(self, *args, **kwargs)
+        self._in_step = True
+        try:
+            given, kwargs = self._hooks.before_step(self, (self, *args), kwargs)
+            result = step(*given, **kwargs)
+            self._step_called = True
+            self._hooks.after_step(self, given, kwargs)
+        finally:
+            self._in_step = False
+        return result
+
+    return wrapper
+
+
+def register_optimizer_step_pre_hook(hook: Callable[..., Any]) -> RemovableHandle:
+    """Call ``hook(optimizer, args, kwargs)`` before each step of every optimizer."""
+    return global_hooks.add("step_pre", hook)
+
+
+def register_optimizer_step_post_hook(hook: Callable[..., Any]) -> RemovableHandle:
+    """Call ``hook(optimizer, args, kwargs)`` after each step of every optimizer."""
+    return global_hooks.add("step_post", hook)

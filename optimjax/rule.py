@@ -1,0 +1,289 @@
+"""The contract between an algorithm and everything else.
+
+An algorithm is a :class:`Rule`: four functions for **one** parameter. What its hyperparameters may be is written
+once, in the signature of the class a user calls: the annotation of an argument says its kind and range, the default
+is the default.
+
+This module holds the rule, the kinds of hyperparameters, and :func:`apply`, the only place where a rule's arithmetic
+is called: precision, complex numbers, ``maximize`` and the storage of slots are settled there for all algorithms.
+"""
+
+import functools
+import inspect
+import math
+import typing
+from collections import namedtuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+
+__all__ = [
+    "AnySwitch",
+    "Beta",
+    "Betas",
+    "Capturable",
+    "Decay",
+    "Differentiable",
+    "Epsilon",
+    "Flag",
+    "Foreach",
+    "Fused",
+    "Hyperparameters",
+    "Ignored",
+    "LearningRate",
+    "NonNegative",
+    "Number",
+    "Numeric",
+    "Rule",
+    "Structural",
+    "Switch",
+    "apply",
+    "bias_correction",
+    "sqrt",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """The arithmetic of one algorithm for one parameter.
+
+    Attributes:
+      slots: a NamedTuple type, one field for each array kept for a parameter, named as in PyTorch's state dict.
+        Fields that the flags leave out are ``None``.
+      init: ``init(param, hyper, flags) -> slots``. ``hyper`` holds the resolved hyperparameters by name, ``flags`` the
+        structural ones, and for each :data:`Switch` whether it is on.
+      scalars: ``scalars(step, hyper) -> NamedTuple`` of numbers: all that depends only on the count and the
+        hyperparameters. ``step`` is 1 at the first update. Plain arithmetic: it runs in double precision on Python
+        numbers (the facade) and on traced arrays (the functional core) alike.
+      update: ``update(param, grad, slots, scalars, flags) -> (param, slots)``. Real arrays of one shape, float32 or
+        wider; scalars are zero-dimensional arrays or numbers.
+      check: ``check(hyper, flags)`` raises ``ValueError`` for a combination of values that makes no sense.
+      counts_steps: whether PyTorch's state has ``step``. Where it has not, ``scalars`` may only tell the first update
+        (1) from the later ones (2), which the facade knows by whether the slots exist.
+      eager: whether PyTorch makes the state in the constructor, not at the first gradient.
+    """
+
+    slots: Any  # a NamedTuple class; typing has no name for "any NamedTuple class"
+    init: Callable[..., Any]
+    scalars: Callable[..., Any]
+    update: Callable[..., tuple[Array, Any]]
+    check: Callable[[Any, Any], None] | None = None
+    counts_steps: bool = True
+    eager: bool = False
+
+
+# --- Kinds of hyperparameters ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Numeric:
+    """A number that enters the arithmetic. Giving it another value never recompiles.
+
+    Attributes:
+      minimum: smallest legal value, inclusive.
+      below: the value must be smaller than this.
+      label: how PyTorch's message calls it, after "Invalid"; ``"<name> value"`` unless given.
+      length: 0 for one number, n for a tuple of n.
+      switch: zero leaves a part of the algorithm out, with its slots (``momentum=0`` keeps no buffer).
+    """
+
+    minimum: float = -math.inf
+    below: float = math.inf
+    label: str | None = None
+    length: int = 0
+    switch: bool = False
+
+    def is_value(self, value: Any) -> bool:
+        """Whether this is one value for all parameters, not a tree of values."""
+        if not self.length or callable(value):
+            return _is_scalar(value)
+        return isinstance(value, (tuple, list)) and len(value) == self.length and all(map(_is_scalar, value))
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise for a value out of range; a tracer or a schedule cannot be judged and passes."""
+        if not self.is_value(value):
+            wanted = f"a tuple of {self.length} numbers" if self.length else "a number"
+            raise TypeError(f"{name} must be {wanted}, an array or a schedule, got {value!r}")
+        for index, item in enumerate(value if isinstance(value, (tuple, list)) else [value]):
+            if callable(item) or isinstance(item, Tracer):
+                continue
+            if np.size(item) and not bool(np.all((self.minimum <= np.asarray(item)) & (np.asarray(item) < self.below))):
+                label = self.label or f"{name} value"
+                raise ValueError(f"Invalid {label.format(index=index)}: {item}")
+
+    def resolve(self, value: Any, count: Any) -> Any:
+        """The number itself where a schedule stands for it."""
+        if isinstance(value, (tuple, list)):
+            return tuple(item(count) if callable(item) else item for item in value)
+        return value(count) if callable(value) else value
+
+
+@dataclass(frozen=True)
+class Structural:
+    """Decides what is stored or which code runs; one value for all parameters, compiled in."""
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise for a value that cannot be compiled in."""
+        if isinstance(value, (jax.Array, np.ndarray)) or callable(value):
+            raise TypeError(f"{name} decides what is compiled: it must be a plain Python value, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """Accepted and kept in ``param_groups`` for PyTorch's sake; changes nothing."""
+
+    def check(self, name: str, value: Any) -> None:
+        """Every value will do."""
+
+
+Kind = Numeric | Structural | Ignored
+
+# What a numeric hyperparameter may be. The facade takes numbers and arrays only; the functional core also takes
+# schedules and trees of these.
+_Value = float | Array | np.ndarray | np.generic | Callable[[Any], Any] | Mapping[Any, Any] | Sequence[Any]
+
+Number = Annotated[_Value, Numeric()]
+NonNegative = Annotated[_Value, Numeric(minimum=0)]
+LearningRate = Annotated[_Value, Numeric(minimum=0, label="learning rate")]
+Epsilon = Annotated[_Value, Numeric(minimum=0, label="epsilon value")]
+Decay = Annotated[_Value, Numeric(minimum=0)]
+Switch = Annotated[_Value, Numeric(minimum=0, switch=True)]
+AnySwitch = Annotated[_Value, Numeric(switch=True)]
+Beta = Annotated[_Value, Numeric(minimum=0, below=1)]
+Betas = Annotated[
+    tuple[_Value, _Value] | Mapping[Any, Any],
+    Numeric(minimum=0, below=1, length=2, label="beta parameter at index {index}"),
+]
+Flag = Annotated[bool, Structural()]
+Foreach = Annotated[bool | None, Ignored()]
+Fused = Annotated[bool | None, Ignored()]
+Capturable = Annotated[bool, Ignored()]
+Differentiable = Annotated[bool, Ignored()]
+
+
+def _is_scalar(value: Any) -> bool:
+    """A number, a zero-dimensional array, or a schedule that stands for one."""
+    return callable(value) or (
+        isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)) and np.ndim(value) == 0
+    )
+
+
+def _is_on(value: Any) -> bool:
+    """Everything but a plain zero switches on: the value of an array must not decide what is compiled."""
+    return not (isinstance(value, (int, float)) and value == 0)
+
+
+class Hyperparameters:
+    """The hyperparameters of an optimizer class, read from the signatures of ``__init__`` below the class ``root``."""
+
+    def __init__(self, cls: type, root: type):
+        self.kinds: dict[str, Kind] = {}
+        for base in reversed(cls.__mro__):
+            if issubclass(base, root) and base is not root and "__init__" in vars(base):
+                self._read(vars(base)["__init__"])
+        self._switches = tuple(n for n, kind in self.kinds.items() if isinstance(kind, Numeric) and kind.switch)
+        self._structural = tuple(n for n, kind in self.kinds.items() if isinstance(kind, Structural))
+        self.numeric = tuple(n for n, kind in self.kinds.items() if isinstance(kind, Numeric))
+        # A tuple with names is hashable (a static argument of a compiled function) and reads as `flags.nesterov`.
+        self._flags = namedtuple("Flags", self._structural + self._switches)
+        self._hyper = namedtuple("Hyper", self.numeric + self._structural)
+
+    def _read(self, init: Callable[..., Any]) -> None:
+        hints = typing.get_type_hints(init, include_extras=True)
+        for name, parameter in list(inspect.signature(init).parameters.items())[2:]:  # after self, params
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                continue
+            declared = [m for m in getattr(hints.get(name), "__metadata__", ()) if isinstance(m, Kind)]
+            self.kinds[name] = declared[0] if declared else _kind_of(parameter.default)
+
+    def check(self, values: Mapping[str, Any], rule: Rule | None) -> None:
+        """Raise PyTorch's error for the first illegal value; keys that are no hyperparameters pass."""
+        for name, kind in self.kinds.items():
+            if name in values:
+                kind.check(name, values[name])
+        if rule is not None and rule.check is not None:
+            rule.check(self.hyper(values), self.flags(values))
+
+    def hyper(self, values: Mapping[str, Any]) -> Any:
+        """What ``init`` and ``scalars`` of a rule receive."""
+        return self._hyper._make(values[name] for name in self._hyper._fields)
+
+    def flags(self, values: Mapping[str, Any]) -> Any:
+        """The hashable part: structural values, and for each switch whether it is on (in a tree: anywhere)."""
+        return self._flags(
+            *(values[name] for name in self._structural),
+            *(any(map(_is_on, jax.tree.leaves(values[name]))) for name in self._switches),
+        )
+
+
+def _kind_of(default: Any) -> Kind:
+    """The kind of an argument that a class written elsewhere did not annotate."""
+    if isinstance(default, (tuple, list)) and default and all(map(_is_scalar, default)):
+        return Numeric(length=len(default))
+    if default is inspect.Parameter.empty or (_is_scalar(default) and not isinstance(default, bool)):
+        return Numeric()
+    return Structural()
+
+
+# --- Arithmetic shared by the rules ---------------------------------------------------------------------------------
+
+
+def bias_correction(beta: Any, step: Any) -> Any:
+    """``1 - beta**step``, exact to rounding for Python numbers and for traced ones.
+
+    For float32 arrays the plain form cancels (``1 - 0.999`` keeps four digits), so it is taken from the logarithm.
+    """
+    if isinstance(beta, float) and isinstance(step, int):
+        return 1 - beta**step
+    log = math.log(beta) if isinstance(beta, (int, float)) and beta > 0 else jnp.log(beta)
+    return -jnp.expm1(step * log)
+
+
+@jax.custom_jvp
+def sqrt(x: Array) -> Array:
+    """Square root whose derivative at zero is zero, not infinite: a zero gradient must not turn into NaN."""
+    return jnp.sqrt(x)
+
+
+@sqrt.defjvp
+def _sqrt_jvp(primals, tangents):
+    (x,), (t,) = primals, tangents
+    root = sqrt(x)
+    return root, jnp.where(x > 0, t / jnp.where(x > 0, 2 * root, 1), 0)
+
+
+# --- The one place where a rule's arithmetic is called --------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "flags"))
+def apply(rule: Rule, flags: Any, param: Array, grad: Array, slots: Any, scalars: NamedTuple) -> tuple[Array, Any]:
+    """One update of one parameter. Compiled, so that inside a larger program it is traced once for each shape.
+
+    Arithmetic runs in float32 at least and results are cast last: a float16 parameter with zero gradients stays
+    finite although 1e-8 is zero in float16. A complex parameter is its real and its imaginary part, side by side, as
+    PyTorch sees it; `jax.grad` returns the conjugate of PyTorch's gradient.
+    """
+    if jnp.iscomplexobj(param):
+        real, imag = (
+            _apply_real(rule, flags, part(param), part(grad_), jax.tree.map(part, slots), scalars)
+            for part, grad_ in ((jnp.real, grad), (jnp.imag, jnp.conj(grad)))
+        )
+        return jax.tree.map(jax.lax.complex, real, imag)
+    return _apply_real(rule, flags, param, grad, slots, scalars)
+
+
+def _apply_real(rule: Rule, flags: Any, param: Array, grad: Array, slots: Any, scalars: Any) -> tuple[Array, Any]:
+    compute = jnp.promote_types(param.dtype, jnp.float32)
+    if getattr(flags, "maximize", False):
+        grad = -grad
+    widen = functools.partial(jnp.asarray, dtype=compute)
+    new_param, new_slots = rule.update(
+        widen(param), widen(grad), jax.tree.map(widen, slots), jax.tree.map(widen, scalars), flags
+    )
+    return new_param.astype(param.dtype), jax.tree.map(lambda new, old: new.astype(old.dtype), new_slots, slots)

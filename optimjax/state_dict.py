@@ -1,0 +1,138 @@
+"""State dicts in PyTorch's layout: out (:func:`pack`) and in (:func:`load`)."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optimjax.parameter import Parameter
+
+if TYPE_CHECKING:
+    from optimjax.optimizer import Optimizer
+
+__all__ = ["load", "pack"]
+
+
+def pack(optimizer: "Optimizer") -> dict[str, Any]:
+    """``{'state': {0: {...}}, 'param_groups': [{..., 'params': [0, 1]}]}``; parameters are numbered in group order.
+
+    A snapshot: arrays are immutable, and handing them out keeps the next step from updating them in place.
+    """
+    number: dict[Parameter, int] = {}
+    groups = []
+    for group in optimizer.param_groups:
+        for box in group["params"]:
+            number.setdefault(box, len(number))
+        packed = {key: list(value) if isinstance(value, list) else value for key, value in group.items()}
+        groups.append(packed | {"params": [number[box] for box in group["params"]]})
+    state = {number[box]: dict(entries) for box, entries in optimizer.state.items() if box in number and entries}
+    return {"state": dict(sorted(state.items())), "param_groups": groups}
+
+
+def load(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
+    """Set groups and state from a state dict, or raise and change nothing.
+
+    Parameters are matched by name where both sides have names, else by order.
+    """
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+        got = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+        raise ValueError(f"a state dict has the keys 'state' and 'param_groups', got {got}")
+    saved_groups = list(state_dict["param_groups"])
+    if len(saved_groups) != len(optimizer.param_groups):
+        raise ValueError(
+            "loaded state dict has a different number of parameter groups: "
+            f"{len(saved_groups)}, the optimizer has {len(optimizer.param_groups)}"
+        )
+    groups, state, known = [], {}, set()
+    for index, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
+        where = f" of param_groups[{index}]"
+        if len(saved["params"]) != len(group["params"]):
+            raise ValueError(
+                "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
+                f"{len(saved['params'])} parameters, the optimizer has {len(group['params'])}{where}"
+            )
+        merged = {**optimizer.defaults, **{key: _plain(value) for key, value in saved.items()}}
+        merged["params"] = list(group["params"])
+        if "param_names" in group:
+            merged["param_names"] = list(group["param_names"])
+        optimizer._check(merged, where)
+        groups.append(merged)
+        shapes = optimizer._slot_shapes(merged, where)
+        for box, saved_id in zip(group["params"], _matched(group, saved, where), strict=True):
+            entries = state_dict["state"].get(saved_id, state_dict["state"].get(str(saved_id)))
+            known |= {saved_id, str(saved_id)}
+            if entries:
+                state[box] = _entries(optimizer, box, entries, shapes)
+    unknown = [key for key in state_dict["state"] if key not in known]
+    if unknown:
+        raise ValueError(f"loaded state dict has state for parameters that are in none of its groups: {unknown}")
+
+    # Nothing can fail from here on.
+    for group, merged in zip(optimizer.param_groups, groups, strict=True):
+        group.clear()
+        group.update(merged)
+    optimizer.state.clear()
+    for box, entries in state.items():
+        optimizer.state[box].update(entries)
+
+
+def _matched(group: Mapping[str, Any], saved: Mapping[str, Any], where: str) -> Sequence[Any]:
+    """The saved ids in the order of the group's parameters."""
+    ours, theirs = group.get("param_names"), saved.get("param_names")
+    if ours is None or theirs is None:
+        return saved["params"]
+    if set(ours) != set(theirs) or len(theirs) != len(saved["params"]):
+        missing = [name for name in ours if name not in theirs]
+        unexpected = [name for name in theirs if name not in ours]
+        raise ValueError(
+            f"loaded state dict has other parameter names{where}: missing {missing}, unexpected {unexpected}"
+        )
+    by_name = dict(zip(theirs, saved["params"], strict=True))
+    return [by_name[name] for name in ours]
+
+
+def _entries(optimizer: "Optimizer", box: Parameter, saved: Mapping[str, Any], shapes: Any) -> dict[str, Any]:
+    """The state of one parameter, as arrays of the saved dtype."""
+    entries = {name: _array(value, box) for name, value in saved.items() if value is not None}
+    if shapes is None:  # an optimizer with a step of its own keeps what it likes
+        return entries
+    expected = shapes(box)
+    for name, value in entries.items():
+        if name == "step":
+            entries[name] = int(np.asarray(value))
+        elif name not in expected:
+            raise ValueError(
+                f"loaded state of parameter {str(box)!r} has {name!r}, which {type(optimizer).__name__} does not keep"
+            )
+        elif expected[name] is not None and value.shape != expected[name]:
+            raise ValueError(
+                f"loaded state of parameter {str(box)!r}: {name!r} has shape {value.shape}, expected {expected[name]}"
+            )
+    absent = [name for name, shape in expected.items() if shape is not None and name not in entries]
+    if absent and len(entries) > ("step" in entries):
+        raise ValueError(f"loaded state of parameter {str(box)!r} lacks {absent}")
+    return entries
+
+
+def _array(value: Any, box: Parameter) -> Any:
+    """A JAX array of the saved dtype, placed like the parameter; plain numbers stay as they are."""
+    if isinstance(value, (bool, int, float)):
+        return value
+    if hasattr(value, "detach"):  # a PyTorch tensor; DLPack also carries bfloat16, which NumPy lacks
+        value = jnp.array(jnp.from_dlpack(value.detach().cpu().contiguous()), copy=True)
+    array = jnp.asarray(value)
+    sharding = getattr(box.value, "sharding", None)
+    if array.shape == box.shape and not isinstance(sharding, (jax.sharding.SingleDeviceSharding, type(None))):
+        array = jax.device_put(array, sharding)
+    return array
+
+
+def _plain(value: Any) -> Any:
+    """Undo what checkpointers and other frameworks do to plain Python values in groups."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().numpy()
+    if isinstance(value, (np.generic, np.ndarray)) and np.ndim(value) == 0:
+        return value.item()
+    return value

@@ -1,0 +1,88 @@
+"""Trees of parameters and of gradients: flattening, names of leaves, and gradients that do not fit."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+__all__ = ["check_gradient", "dotted", "flatten_params", "is_inexact_array", "match", "names", "structure_error"]
+
+
+def dotted(path: Sequence[Any]) -> str:
+    """A leaf's path as PyTorch writes names: ``layers.0.kernel``."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator=".")
+
+
+def names(tree: Any) -> list[str]:
+    """The dotted names of a tree's leaves."""
+    return [dotted(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def is_inexact_array(leaf: Any) -> bool:
+    """Whether a leaf is a real or complex floating array, of JAX or NumPy."""
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic)) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def flatten_params(params: Any) -> tuple[list[Array], Any]:
+    """The leaves as arrays, and the structure.
+
+    Raises:
+      TypeError: a leaf is not a floating number; the message names its path.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    if not all(map(is_inexact_array, leaves)):
+        for name, leaf in zip(names(params), leaves, strict=True):
+            if not (is_inexact_array(leaf) or isinstance(leaf, (float, complex))):
+                kind = f"{leaf.dtype} array" if hasattr(leaf, "dtype") else type(leaf).__name__
+                raise TypeError(
+                    f"parameter {name or 'params'!r} is a {kind}: only real or complex floating arrays can be "
+                    "optimized; split the other leaves off first, for example with jax.tree.map and None"
+                )
+    return [jnp.asarray(leaf) for leaf in leaves], treedef
+
+
+def match(treedef: Any, grads: Any, names: Callable[[], Sequence[str]]) -> list[Any]:
+    """The gradients of the leaves of the parameters, in order; ``None`` where a gradient is missing.
+
+    ``names`` is called only to explain a mismatch.
+
+    Raises:
+      ValueError: the structure differs; the message names the first path that only one side has.
+    """
+    try:
+        return treedef.flatten_up_to(grads)
+    except ValueError as error:
+        # None is a leaf here: a missing gradient is no difference of structure.
+        paths = jax.tree_util.tree_flatten_with_path(grads, is_leaf=lambda x: x is None)[0]
+        raise structure_error(names(), [dotted(path) for path, _ in paths], str(error)) from None
+
+
+def structure_error(ours: Sequence[str], theirs: Sequence[str], otherwise: str = "") -> ValueError:
+    """The error that names the leaves only one side has, or says ``otherwise`` where the names agree."""
+    missing = [name for name in ours if name not in set(theirs)]
+    unexpected = [name for name in theirs if name not in set(ours)]
+    detail = f"missing {missing[:3]}, unexpected {unexpected[:3]}" if missing or unexpected else otherwise
+    return ValueError(f"gradients do not have the structure of the parameters: {detail}")
+
+
+def check_gradient(name: Callable[[], str], param: Any, grad: Any) -> None:
+    """Raise where a gradient cannot belong to a parameter; ``name`` is called only then.
+
+    Raises:
+      ValueError: the shapes differ (nothing is broadcast).
+      TypeError: the gradient is no floating array, or complex for a real parameter.
+    """
+    if not isinstance(grad, (jax.Array, np.ndarray, np.generic, float, complex)):
+        raise TypeError(f"gradient of {name()!r} must be an array or None, got {type(grad).__name__}: {grad!r}")
+    if np.shape(grad) != param.shape:
+        raise ValueError(f"gradient of {name()!r} has shape {np.shape(grad)}, the parameter has {param.shape}")
+    dtype, param_dtype = np.result_type(grad), param.dtype
+    if dtype == param_dtype:
+        return
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(f"gradient of {name()!r} is {dtype}: it must be a floating array like the parameter")
+    if jnp.issubdtype(dtype, jnp.complexfloating) and not jnp.issubdtype(param_dtype, jnp.complexfloating):
+        raise TypeError(f"gradient of {name()!r} is {dtype}, the parameter is real ({param_dtype})")
