@@ -1,6 +1,6 @@
 """``torch.optim`` for JAX: the optimizers, groups and state dicts of PyTorch over pure, compiled updates."""
 
-from optimjax import functional, optimizer
+from optimjax import functional, lr_scheduler, optimizer
 from optimjax.algorithms.adam import Adam
 from optimjax.algorithms.adamw import AdamW
 from optimjax.algorithms.rmsprop import RMSprop
@@ -18,6 +18,7 @@ __all__ = [
     "Parameter",
     "RMSprop",
     "functional",
+    "lr_scheduler",
     "named_parameters",
     "optimizer",
     "parameters",

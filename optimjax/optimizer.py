@@ -137,7 +137,8 @@ class Optimizer:
         self.param_groups: list[dict[str, Any]] = []
         self._hooks = Hooks()
         self._sources: list[Source] = []
-        self._step_called = False  # lr_scheduler warns where its step comes first
+        # For lr_scheduler: whether one is attached, whether step() has been called since, whether a state was loaded.
+        self._scheduled = self._step_called = self._loaded = False
         self._in_step = False
         self._check(defaults, "")
 
@@ -467,6 +468,7 @@ class Optimizer:
         """
         state_dict = self._hooks.replace("load_state_dict_pre", self, dict(state_dict))
         _state_dict.load(self, state_dict)
+        self._loaded = True
         self._hooks.notify("load_state_dict_post", self)
 
     def _slot_shapes(self, group: Mapping[str, Any], where: str) -> Callable[[Parameter], dict[str, Any]] | None:

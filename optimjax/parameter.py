@@ -352,7 +352,7 @@ class Source:
 class TreeSource(Source):
     """A pytree: the optimizer has its own boxes; leaves that are no floating arrays pass through untouched."""
 
-    names: Sequence[str]
+    names: Sequence[str]  # pyright: ignore[reportIncompatibleVariableOverride]  # narrower: always there
 
     def __init__(self, tree: Any):
         paths, self._treedef = jax.tree_util.tree_flatten_with_path(tree)
@@ -377,7 +377,7 @@ class TreeSource(Source):
 class ModuleSource(Source):
     """A ``flax.nnx`` module: updates go into its ``nnx.Param`` variables."""
 
-    names: Sequence[str]
+    names: Sequence[str]  # pyright: ignore[reportIncompatibleVariableOverride]  # narrower: always there
 
     def __init__(self, module: Any):
         self.module = module
