@@ -352,8 +352,6 @@ class Source:
 class TreeSource(Source):
     """A pytree: the optimizer has its own boxes; leaves that are no floating arrays pass through untouched."""
 
-    names: Sequence[str]  # pyright: ignore[reportIncompatibleVariableOverride]  # narrower: always there
-
     def __init__(self, tree: Any):
         paths, self._treedef = jax.tree_util.tree_flatten_with_path(tree)
         self._leaves = [Parameter(leaf, name=dotted(path)) if is_inexact_array(leaf) else leaf for path, leaf in paths]
@@ -370,14 +368,12 @@ class TreeSource(Source):
 
     def gradients(self, grads: Any) -> list[Any]:
         """See :meth:`Source.gradients`; what stands in the place of other leaves is not looked at."""
-        leaves = match(self._treedef, grads, lambda: self.names)
+        leaves = match(self._treedef, grads, lambda: self.names or ())
         return [grad for grad, leaf in zip(leaves, self._leaves, strict=True) if isinstance(leaf, Parameter)]
 
 
 class ModuleSource(Source):
     """A ``flax.nnx`` module: updates go into its ``nnx.Param`` variables."""
-
-    names: Sequence[str]  # pyright: ignore[reportIncompatibleVariableOverride]  # narrower: always there
 
     def __init__(self, module: Any):
         self.module = module
@@ -409,9 +405,10 @@ class ModuleSource(Source):
         variable = nnx().Variable
         paths, _ = jax.tree_util.tree_flatten_with_path(grads, is_leaf=lambda x: x is None or isinstance(x, variable))
         found = {dotted(path): leaf.get_value() if isinstance(leaf, variable) else leaf for path, leaf in paths}
-        if found.keys() != set(self.names):
-            raise structure_error(self.names, list(found))
-        return [found[name] for name in self.names]
+        wanted = self.names or ()
+        if found.keys() != set(wanted):
+            raise structure_error(wanted, list(found))
+        return [found[name] for name in wanted]
 
 
 def _order(leaves: list[Any], wanted: list[Any]) -> list[int]:

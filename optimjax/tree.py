@@ -79,7 +79,7 @@ def check_gradient(name: Callable[[], str], param: Any, grad: Any) -> None:
         raise TypeError(f"gradient of {name()!r} must be an array or None, got {type(grad).__name__}: {grad!r}")
     if np.shape(grad) != param.shape:
         raise ValueError(f"gradient of {name()!r} has shape {np.shape(grad)}, the parameter has {param.shape}")
-    dtype, param_dtype = np.result_type(grad), param.dtype
+    dtype, param_dtype = getattr(grad, "dtype", None) or np.dtype(type(grad)), param.dtype
     if dtype == param_dtype:
         return
     if not jnp.issubdtype(dtype, jnp.inexact):
