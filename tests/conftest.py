@@ -1,0 +1,51 @@
+"""Fixtures: seeds, double precision, PyTorch where it is installed, a count of compilations."""
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+_compiled: list[str] = []
+
+
+def _listen(event: str, duration: float, **_: Any) -> None:
+    if event == COMPILED:
+        _compiled.append(event)
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """float64 is float64, not float32."""
+    if hasattr(jax, "enable_x64"):
+        enable_x64 = jax.enable_x64
+    else:
+        from jax.experimental import enable_x64
+    with enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def torch() -> Any:
+    """PyTorch, or the test is skipped."""
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)  # the tensors are tiny, and pytest-xdist has the cores
+    return torch
+
+
+@pytest.fixture
+def compilations() -> Callable[[], int]:
+    """How many programs XLA has compiled so far: a test compares two readings."""
+    return lambda: len(_compiled)

@@ -1,0 +1,86 @@
+"""The numbers are PyTorch's, for every combination of flags, through both faces."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import CASES, Case
+from reference import Result, facade, functional, pytorch, random_gradients, random_parameters
+
+STEPS = 100
+SHAPES = [
+    ((), np.float64),
+    ((0, 3), np.float64),
+    ((5,), np.float64),
+    ((3, 4), np.float64),
+    ((3, 4), np.float64),  # of one shape with another: both in one program, with counts of their own
+    ((2, 1, 2, 2), np.float64),
+    ((3,), np.complex128),
+    ((), np.float64),
+]
+COMBINATIONS = [
+    pytest.param(case, options, id="-".join([str(case), *(f"{name}={options[name]}" for name in case.grid)]))
+    for case in CASES
+    for options in case.combinations()
+]
+VARIANTS = [
+    pytest.param(case, options, id=f"{case}-{label}")
+    for case in CASES
+    for label, options in zip(("base", "full"), case.variants(), strict=True)
+]
+
+
+def assert_same(ours: Result, theirs: Result, with_step: bool = True) -> None:
+    for mine, reference in zip(ours.params, theirs.params, strict=True):
+        np.testing.assert_allclose(mine, reference, rtol=1e-12, atol=1e-12)
+    for mine, reference in zip(ours.state, theirs.state, strict=True):
+        mine, reference = dict(mine), dict(reference)
+        if not with_step:  # the functional state counts where PyTorch's SGD does not
+            mine.pop("step")
+            reference.pop("step", None)
+        assert mine.keys() == reference.keys()
+        for name, value in reference.items():
+            np.testing.assert_allclose(mine[name], value, rtol=1e-12, atol=1e-12, err_msg=name)
+
+
+def missing(grads: list[list[Any]]) -> list[list[Any]]:
+    """Take away gradients here and there: the first ones of a parameter, every third, all of one."""
+    absent = {2: lambda t: t < 3, 3: lambda t: t % 3 == 1, 6: lambda t: t % 7 < 2, 7: lambda t: True}
+    return [
+        [None if absent.get(i, lambda t: False)(t) else g for i, g in enumerate(step)] for t, step in enumerate(grads)
+    ]
+
+
+@pytest.mark.parametrize(("case", "options"), COMBINATIONS)
+def test_facade_float64(torch: Any, x64: None, case: Case, options: dict[str, Any]) -> None:
+    params = random_parameters(SHAPES)
+    grads = missing(random_gradients(params, STEPS))
+    assert_same(facade(case, options, params, grads), pytorch(torch, case, options, params, grads))
+
+
+@pytest.mark.parametrize(("case", "options"), COMBINATIONS)
+def test_functional_float64(torch: Any, x64: None, case: Case, options: dict[str, Any]) -> None:
+    params = random_parameters(SHAPES)
+    grads = random_gradients(params, STEPS)
+    ours = functional(case, options, params, grads)
+    assert ours.state[0]["step"] == STEPS
+    theirs = pytorch(torch, case, options, params, grads)
+    for state in theirs.state:
+        assert state.get("step", STEPS) == STEPS
+    assert_same(ours, theirs, with_step=False)
+
+
+@pytest.mark.parametrize(("case", "options"), VARIANTS)
+def test_float32_is_as_near_the_truth_as_pytorch(torch: Any, case: Case, options: dict[str, Any]) -> None:
+    params = random_parameters([((256,), np.float32)] * 8)
+    grads = random_gradients(params, 300, spread=3)
+    double = [[g.astype(np.float64) for g in step] for step in grads]
+    truth = pytorch(torch, case, options, [p.astype(np.float64) for p in params], double).params
+
+    def error(result: Result) -> float:
+        """The largest error of each parameter, summed: one alone would be a matter of luck."""
+        return sum(np.abs(np.asarray(p, np.float64) - t).max() for p, t in zip(result.params, truth, strict=True))
+
+    allowed = 1.5 * error(pytorch(torch, case, options, params, grads))
+    assert error(facade(case, options, params, grads)) <= allowed
+    assert error(functional(case, options, params, grads)) <= allowed
