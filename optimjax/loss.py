@@ -149,16 +149,27 @@ class Updates(NamedTuple):
     rule: Rule
     scalars: Any  # the NamedTuple type of the rule's scalars
     flags: tuple[Any, ...]
+    rows: tuple[int, ...]  # which of the rows of scalars
+
+
+def update_each(updates: Updates, params: Any, grads: Any, slots: Any, rows: Any) -> tuple[list[Any], list[Array]]:
+    """New slots and new parameters.
+
+    The slots come first, for JAX gives donated memory to the first outputs that fit: in the other order the
+    parameters would take it, and every slot would be copied.
+    """
+    scalars = [updates.scalars(*row) for row in rows]
+    results = [
+        apply(updates.rule, flags, param, grad, slot, scalars[row])
+        for flags, row, param, grad, slot in zip(updates.flags, updates.rows, params, grads, slots, strict=True)
+    ]
+    return [slot for _, slot in results], [param for param, _ in results]
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "cut", "updates"), donate_argnames="slots")
 def update_from_loss(
     loss_fn: Callable[..., Any], cut: Cut, updates: Updates, differentiated: Any, traced: Any, slots: Any, rows: Any
 ) -> Any:
-    """Value, gradient and update in one program: ``(loss, changed, parameters, slots)``."""
+    """Value, gradient and update in one program: ``(slots, parameters, loss, changed)``, as :func:`update_each`."""
     loss, _, changed, grads = _evaluate(loss_fn, cut, False, differentiated, traced)
-    results = [
-        apply(updates.rule, flags, param, grad, slot, updates.scalars(*row))
-        for flags, param, grad, slot, row in zip(updates.flags, differentiated, grads, slots, rows, strict=True)
-    ]
-    return loss, changed, [param for param, _ in results], [slot for _, slot in results]
+    return *update_each(updates, differentiated, grads, slots, rows), loss, changed

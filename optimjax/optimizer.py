@@ -19,9 +19,9 @@ from jax.core import Tracer
 from optimjax import state_dict as _state_dict
 from optimjax.hooks import Hooks, RemovableHandle, global_hooks
 from optimjax.lift import active_fields
-from optimjax.loss import Updates, capture, update_from_loss, value_and_grad
+from optimjax.loss import Updates, capture, update_each, update_from_loss, value_and_grad
 from optimjax.parameter import ModuleSource, Parameter, Source, source_of
-from optimjax.rule import Hyperparameters, Rule, apply
+from optimjax.rule import Hyperparameters, Rule
 from optimjax.tree import check_gradient
 
 __all__ = [
@@ -90,7 +90,7 @@ class _Job(NamedTuple):
     grad: Any
     state: ParameterState
     slots: Any
-    row: tuple[float, ...]
+    scalars: Any
     flags: Any
     step: int
 
@@ -345,18 +345,17 @@ class Optimizer:
         grads = {box: grad for box, grad in pairs if grad is not None}
         for box, grad in grads.items():
             check_gradient(box.__str__, box, grad)
-        buckets: defaultdict[Any, list[_Job]] = defaultdict(list)
-        for job in self._jobs(grads):
-            buckets[job.flags, job.parameter.signature()].append(job)
-        for (flags, _), jobs in buckets.items():
-            for start in range(0, len(jobs), BUCKET):
-                bucket = jobs[start : start + BUCKET]
-                boxes, gradients, _, slots, rows, *_ = zip(*bucket, strict=True)
-                params = [box.value for box in boxes]
-                results = _update_bucket(self.rule, self._scalars_type, flags, params, gradients, slots, np.array(rows))
-                # At once: an interrupt between two buckets must not lose the slots that the first has donated.
-                for job, (param, slot) in zip(bucket, results, strict=True):
-                    self._commit(job, param, slot)
+        for jobs in _buckets(self._jobs(grads)):
+            slots, params = _update_bucket(
+                _updates(self._rule(), jobs),
+                [job.parameter.value for job in jobs],
+                [job.grad for job in jobs],
+                [job.slots for job in jobs],
+                _rows(jobs),
+            )
+            # At once: an interrupt between two buckets must not lose the slots that the first has donated.
+            for job, param, slot in zip(jobs, params, slots, strict=True):
+                self._commit(job, param, slot)
 
     def _commit(self, job: _Job, param: Array, slots: Any) -> None:
         job.parameter.write_updated(param)
@@ -371,15 +370,14 @@ class Optimizer:
         call = self._capture(loss_fn, args)
         by_box = {job.parameter: job for job in self._jobs(dict.fromkeys(call.boxes, True))}
         jobs = [by_box[box] for box in call.boxes]
-        updates = Updates(self._rule(), self._scalars_type, tuple(job.flags for job in jobs))
-        loss, changed, params, slots = update_from_loss(
+        slots, params, loss, changed = update_from_loss(
             loss_fn,
             call.cut,
-            updates,
+            _updates(self._rule(), jobs),
             call.differentiated,
             call.traced,
             [job.slots for job in jobs],
-            np.array([job.row for job in jobs]),
+            _rows(jobs),
         )
         call.write_back(changed)
         for job, param, slot in zip(jobs, params, slots, strict=True):
@@ -394,7 +392,7 @@ class Optimizer:
         for index, group in enumerate(self.param_groups):
             hyper, flags = self._resolve(group, f" of param_groups[{index}]")
             fields = active_fields(rule, self.hyperparameters, flags)
-            rows: dict[int, Any] = {}  # scalars by step count
+            scalars: dict[int, Any] = {}  # by step count
             for box in group["params"]:
                 grad = grads.get(box)
                 if grad is None:
@@ -404,20 +402,19 @@ class Optimizer:
                     state = ParameterState()
                 values = {name: state.peek(name) for name in fields}
                 step = 2
+                if not state.owned:
+                    values = {name: value if value is None else jnp.copy(value) for name, value in values.items()}
                 if any(value is None for value in values.values()):
                     initial = self._initial_state(box, hyper, flags)
                     values = {name: initial[name] if value is None else value for name, value in values.items()}
                     step = 1
-                if not state.owned:
-                    values = {name: jnp.copy(value) for name, value in values.items()}
                 if rule.counts_steps:
                     step = int(state.peek("step") or 0) + 1
-                if step not in rows:
-                    scalars = rule.scalars(step, hyper)
-                    self._scalars_type = type(scalars)
-                    rows[step] = tuple(map(_concrete, scalars))
+                if step not in scalars:
+                    row = rule.scalars(step, hyper)
+                    scalars[step] = type(row)(*map(_concrete, row))
                 slots = rule.slots(**absent | values)
-                jobs.append(_Job(box, grad, state, slots, rows[step], flags, step))
+                jobs.append(_Job(box, grad, state, slots, scalars[step], flags, step))
         return jobs
 
     def _resolve(self, group: Mapping[str, Any], where: str) -> tuple[Any, Any]:
@@ -526,14 +523,37 @@ Optimizer.hyperparameters = Hyperparameters(Optimizer, Optimizer)
 _DEFAULTS_ONLY = object()  # in place of params: work out the defaults, make no optimizer
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "scalars", "flags"), donate_argnames="slots")
-def _update_bucket(
-    rule: Rule, scalars: Any, flags: Any, params: Any, grads: Any, slots: Any, rows: Any
-) -> list[tuple[Array, Any]]:
-    return [
-        apply(rule, flags, param, grad, slot, scalars(*row))
-        for param, grad, slot, row in zip(params, grads, slots, rows, strict=True)
-    ]
+def _buckets(jobs: list[_Job]) -> list[list[_Job]]:
+    """Jobs that run in one program: up to 32 of equal shape; what is left over of all shapes, up to 32 together.
+
+    Compiling costs by distinct shapes, dispatching by programs, and tracing by parameters.
+    """
+    by_signature: defaultdict[Any, list[_Job]] = defaultdict(list)
+    for job in jobs:
+        by_signature[job.parameter.signature()].append(job)
+    buckets, rest = [], []
+    for equal in by_signature.values():
+        full = len(equal) - len(equal) % BUCKET
+        buckets += [equal[start : start + BUCKET] for start in range(0, full, BUCKET)]
+        rest += equal[full:]
+    return buckets + [rest[start : start + BUCKET] for start in range(0, len(rest), BUCKET)]
+
+
+def _updates(rule: Rule, jobs: list[_Job]) -> Updates:
+    """What is compiled in: structure only. Which row of scalars a job uses goes by group and step, never by values."""
+    position: dict[int, int] = {}
+    rows = tuple(position.setdefault(id(job.scalars), len(position)) for job in jobs)
+    return Updates(rule, type(jobs[0].scalars), tuple(job.flags for job in jobs), rows)
+
+
+def _rows(jobs: list[_Job]) -> np.ndarray:
+    """The scalars, one row for each group and step among the jobs."""
+    return np.array(list({id(job.scalars): job.scalars for job in jobs}.values()))
+
+
+@functools.partial(jax.jit, static_argnames="updates", donate_argnames="slots")
+def _update_bucket(updates: Updates, params: Any, grads: Any, slots: Any, rows: Any) -> tuple[list[Any], list[Array]]:
+    return update_each(updates, params, grads, slots, rows)
 
 
 def _is_list_of_groups(params: Any) -> bool:
