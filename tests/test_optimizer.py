@@ -1,0 +1,997 @@
+"""The facade: every kind of parameters, every form of step, groups, errors, subclasses."""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+import optimjax as optim
+from optimjax.rule import LearningRate, Rule
+
+NAMES = ("base.kernel", "base.bias", "head.kernel")
+VALUES = [np.random.default_rng(0).normal(size=shape) for shape in [(3, 4), (4,), (4, 2)]]
+OPTIONS = {"lr": 0.05, "weight_decay": 0.1, "betas": (0.8, 0.9)}
+STEPS = 6
+
+
+def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(100 + step)
+    return rng.normal(size=(5, 3)), rng.normal(size=(5, 2))
+
+
+def forward(kernel: Any, bias: Any, head: Any, x: Any) -> Any:
+    return jnp.tanh(x @ kernel + bias) @ head
+
+
+def mse(output: Any, y: Any) -> Any:
+    return jnp.mean((output - y) ** 2)
+
+
+# --- One network in every kind of parameters ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Given:
+    """A network as it is handed to an optimizer.
+
+    Attributes:
+      params: what the constructor gets.
+      loss: what `backward` and `step` differentiate, called with ``args`` and the batch after `params`, if it gets it.
+      args: the module, where the optimizer has only boxes of it.
+      grads: gradients in the form of `step(grads)`, from what `optimizer.params` is and the batch.
+      leaves: the three arrays out of what `optimizer.params` is.
+    """
+
+    params: Any
+    loss: Callable[..., Any]
+    grads: Callable[..., Any]
+    leaves: Callable[[Any], Sequence[Any]]
+    args: tuple[Any, ...] = ()
+
+
+def tree_given(
+    tree: Any, output: Callable[..., Any], leaves: Callable[[Any], Sequence[Any]], params: Any = None
+) -> Any:
+    """A network whose loss function gets a tree."""
+
+    def loss(params: Any, x: Any, y: Any) -> Any:
+        return mse(output(params, x), y)
+
+    return Given(tree if params is None else params, loss, jax.grad(loss), leaves)
+
+
+def dictionary(kernel: Any, bias: Any, head: Any) -> dict[str, Any]:
+    return {"base": {"kernel": kernel, "bias": bias}, "head": {"kernel": head}}
+
+
+def dictionary_leaves(tree: Any) -> Sequence[Any]:
+    return tree["base"]["kernel"], tree["base"]["bias"], tree["head"]["kernel"]
+
+
+def a_dict(arrays: Sequence[Any]) -> Given:
+    return tree_given(dictionary(*arrays), lambda tree, x: forward(*dictionary_leaves(tree), x), dictionary_leaves)
+
+
+def a_list(arrays: Sequence[Any]) -> Given:
+    return tree_given(list(arrays), lambda tree, x: forward(*tree, x), list)
+
+
+class Layer(NamedTuple):
+    kernel: Any
+    bias: Any
+
+
+def nested(arrays: Sequence[Any]) -> Given:
+    kernel, bias, head = arrays
+    tree = {"layers": (Layer(kernel, bias), [Layer(head, None)]), "count": 3, "note": None, "mask": np.array([1, 0])}
+
+    def leaves(tree: Any) -> Sequence[Any]:
+        (first, (second,)) = tree["layers"]
+        return first.kernel, first.bias, second.kernel
+
+    def loss(tree: Any, x: Any, y: Any) -> Any:
+        return mse(forward(*leaves(tree), x), y)
+
+    def grads(tree: Any, x: Any, y: Any) -> Any:
+        kernel, bias, head = jax.grad(lambda arrays: mse(forward(*arrays, x), y))(leaves(tree))
+        return {"layers": (Layer(kernel, bias), [Layer(head, None)]), "count": None, "note": None, "mask": None}
+
+    return Given(tree, loss, grads, leaves)
+
+
+class LinenNet(linen.Module):
+    @linen.compact
+    def __call__(self, x: Any) -> Any:
+        x = jnp.tanh(linen.Dense(4, name="base", param_dtype=jnp.float64)(x))
+        return linen.Dense(2, name="head", use_bias=False, param_dtype=jnp.float64)(x)
+
+
+def linen_params(arrays: Sequence[Any]) -> Given:
+    net = LinenNet()
+    variables = net.init(jax.random.key(0), jnp.zeros((1, 3)))
+    tree = jax.tree.map(lambda old, new: jnp.asarray(new), variables, {"params": dictionary(*arrays)})
+    return tree_given(tree, net.apply, lambda variables: dictionary_leaves(variables["params"]))
+
+
+class EquinoxNet(eqx.Module):
+    base: eqx.nn.Linear
+    head: eqx.nn.Linear
+    activation: Callable[..., Any]
+    label: str
+    bins: jax.Array
+
+    def __call__(self, x: Any) -> Any:
+        return jax.vmap(self.head)(self.activation(jax.vmap(self.base)(x)))
+
+
+def equinox_module(arrays: Sequence[Any]) -> Given:
+    key = jax.random.key(0)
+    kernel, bias, head = map(jnp.asarray, arrays)
+    net = EquinoxNet(
+        eqx.nn.Linear(3, 4, key=key), eqx.nn.Linear(4, 2, use_bias=False, key=key), jnp.tanh, "net", jnp.arange(3)
+    )
+    net = eqx.tree_at(lambda n: (n.base.weight, n.base.bias, n.head.weight), net, (kernel.T, bias, head.T))
+
+    def leaves(net: Any) -> Sequence[Any]:
+        return net.base.weight.T, net.base.bias, net.head.weight.T
+
+    def loss(net: Any, x: Any, y: Any) -> Any:
+        return mse(net(x), y)
+
+    return Given(net, loss, eqx.filter_grad(loss), leaves)
+
+
+class Net(nnx.Module):
+    def __init__(self, arrays: Sequence[Any]):
+        rngs = nnx.Rngs(0)
+        self.base = nnx.Linear(3, 4, rngs=rngs)
+        self.head = nnx.Linear(4, 2, use_bias=False, rngs=rngs)
+        for variable, array in zip(module_leaves(self), arrays, strict=True):
+            variable.set_value(jnp.asarray(array))
+
+    def __call__(self, x: Any) -> Any:
+        return self.head(jnp.tanh(self.base(x)))
+
+
+def module_leaves(net: Net) -> Sequence[Any]:
+    return net.base.kernel, net.base.bias, net.head.kernel
+
+
+def module_loss(net: Any, x: Any, y: Any) -> Any:
+    return mse(net(x), y)
+
+
+def nnx_module(arrays: Sequence[Any]) -> Given:
+    return Given(Net(arrays), module_loss, nnx.grad(module_loss), module_leaves)
+
+
+def boxes(hand_in: Callable[[dict[str, optim.Parameter]], Any], named: bool) -> Callable[[Sequence[Any]], Given]:
+    """Boxes that the user makes."""
+
+    def make(arrays: Sequence[Any]) -> Given:
+        made = {name: optim.Parameter(array) for name, array in zip(NAMES, arrays, strict=True)}
+
+        def leaves(params: Any) -> Sequence[Any]:
+            return [params[name] for name in NAMES] if named else params
+
+        return tree_given(None, lambda params, x: forward(*leaves(params), x), leaves, hand_in(made))
+
+    return make
+
+
+def module_boxes(hand_in: Callable[[Net], Any], leaves: Callable[[Any], Sequence[Any]]) -> Callable[..., Given]:
+    """Boxes of a module: the module itself is an argument of the loss function."""
+
+    def make(arrays: Sequence[Any]) -> Given:
+        net = Net(arrays)
+
+        def grads(params: Any, x: Any, y: Any) -> Any:
+            by_name = jax.grad(lambda tree: mse(forward(*dictionary_leaves(tree), x), y))(
+                dictionary(*map(jnp.asarray, leaves(params)))
+            )
+            in_order = [by_name["base"]["bias"], by_name["base"]["kernel"], by_name["head"]["kernel"]]
+            if isinstance(params, dict):
+                return dict(zip(("base.bias", "base.kernel", "head.kernel"), in_order, strict=True))
+            return [in_order[:2], in_order[2:]] if isinstance(params[0], list) else in_order
+
+        return Given(hand_in(net), module_loss, grads, leaves, (net,))
+
+    return make
+
+
+# Groups: the head has a rate and a decay of its own.
+HEAD = {"lr": 0.02, "weight_decay": 0.0}
+
+
+def groups(first: Any, second: Any) -> list[dict[str, Any]]:
+    return [{"params": first}, {"params": second, **HEAD}]
+
+
+def tree_groups(arrays: Sequence[Any]) -> Given:
+    tree = dictionary(*arrays)
+    return tree_given(
+        groups(tree["base"], tree["head"]),
+        lambda params, x: forward(params[0]["kernel"], params[0]["bias"], params[1]["kernel"], x),
+        lambda params: (params[0]["kernel"], params[0]["bias"], params[1]["kernel"]),
+    )
+
+
+def box_groups(arrays: Sequence[Any]) -> Given:
+    kernel, bias, head = map(optim.Parameter, arrays)
+    return tree_given(
+        groups([kernel, bias], head),  # a single box will do in a group, as in PyTorch
+        lambda params, x: forward(*params[0], *params[1], x),
+        lambda params: (*params[0], *params[1]),
+    )
+
+
+def generated_groups(arrays: Sequence[Any]) -> Given:
+    given = box_groups(arrays)
+    return replace(given, params=(group for group in given.params))
+
+
+def named_box_groups(arrays: Sequence[Any]) -> Given:
+    made = {name: optim.Parameter(array) for name, array in zip(NAMES, arrays, strict=True)}
+
+    def leaves(params: Any) -> Sequence[Any]:
+        merged = params[0] | params[1]
+        return [merged[name] for name in NAMES]
+
+    first, second = list(made.items())[:2], list(made.items())[2:]
+    return tree_given(None, lambda params, x: forward(*leaves(params), x), leaves, groups(iter(first), second))
+
+
+def submodule_groups(arrays: Sequence[Any]) -> Given:
+    net = Net(arrays)
+
+    def loss(parts: Any, x: Any, y: Any) -> Any:
+        base, head = parts
+        return mse(head(jnp.tanh(base(x))), y)
+
+    def grads(parts: Any, x: Any, y: Any) -> Any:
+        return list(nnx.grad(lambda parts: loss(parts, x, y))(tuple(parts)))
+
+    return Given(
+        groups(net.base, net.head), loss, grads, lambda parts: (parts[0].kernel, parts[0].bias, parts[1].kernel)
+    )
+
+
+def in_module_order(params: Any) -> Sequence[Any]:
+    bias, kernel, head = params.values() if isinstance(params, dict) else params
+    return kernel, bias, head
+
+
+def in_group_order(params: Any) -> Sequence[Any]:
+    (bias, kernel), (head,) = params
+    return kernel, bias, head
+
+
+ONE_GROUP = {
+    "dict": a_dict,
+    "list": a_list,
+    "nested": nested,
+    "linen": linen_params,
+    "equinox": equinox_module,
+    "nnx": nnx_module,
+    "box list": boxes(lambda made: list(made.values()), named=False),
+    "box tuple": boxes(lambda made: tuple(made.values()), named=False),
+    "box values": boxes(lambda made: made.values(), named=False),
+    "box generator": boxes(lambda made: (box for box in made.values()), named=False),
+    "box filter": boxes(lambda made: filter(lambda box: box.requires_grad, made.values()), named=False),
+    "box chain": boxes(lambda made: itertools.chain(*([box] for box in made.values())), named=False),
+    "named list": boxes(lambda made: list(made.items()), named=True),
+    "named items": boxes(lambda made: made.items(), named=True),
+    "named generator": boxes(lambda made: ((name, box) for name, box in made.items()), named=True),
+    "module parameters": module_boxes(optim.parameters, in_module_order),
+    "module named_parameters": module_boxes(optim.named_parameters, in_module_order),
+}
+TWO_GROUPS = {
+    "trees": tree_groups,
+    "boxes": box_groups,
+    "named boxes": named_box_groups,
+    "submodules": submodule_groups,
+    "submodule parameters": module_boxes(
+        lambda net: groups(optim.parameters(net.base), optim.parameters(net.head)), in_group_order
+    ),
+    "generator of boxes": generated_groups,
+}
+MAKERS = [(make, {}, name) for name, make in ONE_GROUP.items()]
+MAKERS += [(make, HEAD, f"groups of {name}") for name, make in TWO_GROUPS.items()]
+
+
+def by_backward(optimizer: Any, given: Given, x: Any, y: Any) -> Any:
+    optimizer.zero_grad()
+    loss = optimizer.backward(given.loss, *given.args, x, y)
+    optimizer.step()
+    return loss
+
+
+def by_grads(optimizer: Any, given: Given, x: Any, y: Any) -> Any:
+    before = mse(forward(*map(jnp.asarray, given.leaves(optimizer.params)), x), y)
+    optimizer.step(given.grads(optimizer.params, x, y))
+    return before
+
+
+def by_loss(optimizer: Any, given: Given, x: Any, y: Any) -> Any:
+    return optimizer.step(given.loss, *given.args, x, y)
+
+
+FORMS = [by_backward, by_grads, by_loss]
+
+
+@pytest.fixture(scope="module")
+def torch_run(torch: Any) -> Callable[[Mapping[str, Any]], Any]:
+    """Losses and parameters after each step in PyTorch, the head with options of its own."""
+    runs: dict[str, Any] = {}
+
+    def run(head_options: Mapping[str, Any]) -> Any:
+        key = repr(head_options)
+        if key not in runs:
+            kernel, bias, head = (torch.nn.Parameter(torch.from_numpy(value.copy())) for value in VALUES)
+            optimizer = torch.optim.Adam([{"params": [kernel, bias]}, {"params": [head], **head_options}], **OPTIONS)
+            losses, params = [], []
+            for x, y in map(batch, range(STEPS)):
+                output = torch.tanh(torch.from_numpy(x) @ kernel + bias) @ head
+                loss = ((output - torch.from_numpy(y)) ** 2).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+                params.append([p.detach().numpy().copy() for p in (kernel, bias, head)])
+            runs[key] = losses, params
+        return runs[key]
+
+    return run
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("make", "head_options"), [m[:2] for m in MAKERS], ids=[m[2] for m in MAKERS])
+def test_trajectory_is_pytorchs(make: Any, head_options: Any, form: Any, torch_run: Any) -> None:
+    given = make(VALUES)
+    optimizer = optim.Adam(given.params, **OPTIONS)
+    structure = jax.tree.structure(optimizer.params)
+    losses, params = torch_run(head_options)
+    for step in range(STEPS):
+        loss = form(optimizer, given, *batch(step))
+        assert abs(float(loss) - losses[step]) < 1e-12
+        for ours, theirs in zip(given.leaves(optimizer.params), params[step], strict=True):
+            np.testing.assert_allclose(np.asarray(ours), theirs, rtol=1e-12, atol=1e-12)
+    if not isinstance(given.params, nnx.Module):  # the module's graph carries ids of its own
+        assert jax.tree.structure(optimizer.params) == structure
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("make", [a_dict, a_list, nested, linen_params, equinox_module])
+def test_params_of_a_tree_is_that_tree(make: Any) -> None:
+    given = make(VALUES)
+    optimizer = optim.SGD(given.params, lr=0.1)
+    assert jax.tree.structure(optimizer.params) == jax.tree.structure(given.params)
+    before = [np.array(leaf) for leaf in given.leaves(given.params)]
+    optimizer.step(given.loss, *batch(0))
+    for ours, old, theirs in zip(given.leaves(optimizer.params), before, given.leaves(given.params), strict=True):
+        assert not np.array_equal(ours, old)
+        np.testing.assert_array_equal(theirs, old)  # the user's own tree is left alone
+
+
+def test_leaves_that_are_no_floats_pass_through() -> None:
+    tree = {"w": jnp.ones(2), "ids": jnp.arange(3), "f": jnp.tanh, "name": "net", "none": None, "flag": True, "x": 2.0}
+    optimizer = optim.SGD(tree, lr=0.5)
+    optimizer.step({**dict.fromkeys(tree), "w": jnp.ones(2)})
+    assert [str(box) for box in optimizer.param_groups[0]["params"]] == ["w"]
+    after = optimizer.params
+    np.testing.assert_array_equal(after["w"], [0.5, 0.5])
+    assert all(after[key] is tree[key] for key in tree if key != "w")
+
+
+def test_params_of_a_module_and_of_boxes() -> None:
+    net = Net([np.float32(v) for v in VALUES])
+    assert optim.SGD(net).params is net
+    boxes = list(optim.parameters(net))
+    values = optim.SGD(boxes).params
+    assert isinstance(values, list)
+    assert all(value is box.value for value, box in zip(values, boxes, strict=True))
+    assert list(optim.SGD(optim.named_parameters(net)).params) == [name for name, _ in optim.named_parameters(net)]
+
+
+def test_one_step_never_sees_the_same_array_twice() -> None:
+    """The user may keep `params` of any moment: a step does not delete it."""
+    optimizer = optim.Adam({"w": jnp.ones(3)}, lr=0.1)
+    kept = []
+    for _ in range(3):
+        optimizer.step({"w": jnp.ones(3)})
+        kept.append(optimizer.params["w"])
+    assert len({float(value[0]) for value in kept}) == 3
+
+
+# --- nnx: what is no parameter is never touched ---------------------------------------------------------------------
+
+
+class Tied(nnx.Module):
+    def __init__(self) -> None:
+        self.rngs = nnx.Rngs(dropout=1)
+        self.embed = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+        self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+        self.out = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+        self.out.kernel = self.embed.kernel
+        self.dropout = nnx.Dropout(0.5, rngs=self.rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.out(self.dropout(self.norm(self.embed(x))))
+
+
+def test_tied_variables_count_once_and_other_variables_not_at_all() -> None:
+    model = Tied()
+    optimizer = optim.SGD(model, lr=0.1, momentum=0.9)
+    names = optimizer.param_groups[0]["param_names"]
+    assert sorted(names) == ["embed.bias", "embed.kernel", "norm.bias", "norm.scale", "out.bias"]
+
+    others = nnx.state(model, nnx.Not(nnx.Param))
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.filter_state(others, nnx.BatchStat)))
+    counts = [np.asarray(count) for count in jax.tree.leaves(nnx.state(model, nnx.RngCount))]
+    grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    old = np.asarray(model.embed.kernel)
+    optimizer.step(grads)
+    np.testing.assert_allclose(np.asarray(model.embed.kernel), old - 0.1, rtol=1e-6)  # once, not twice
+    assert model.out.kernel is model.embed.kernel
+    after = nnx.to_pure_dict(nnx.filter_state(nnx.state(model, nnx.Not(nnx.Param)), nnx.BatchStat))
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    for count, now in zip(counts, jax.tree.leaves(nnx.state(model, nnx.RngCount)), strict=True):
+        np.testing.assert_array_equal(count, now)
+
+
+def test_two_optimizers_on_one_module() -> None:
+    """As in a GAN: each has its state and its parameters, and leaves the other's alone."""
+
+    def train(interleaved: bool) -> list[Any]:
+        net = Net([np.float32(v) for v in VALUES])
+        x, y = (np.float32(a) for a in batch(0))
+        first = optim.Adam(optim.parameters(net.base), lr=0.1)
+        second = optim.SGD(optim.parameters(net.head), lr=0.1, momentum=0.9)
+        trace = []
+        for _ in range(3):
+            head = np.asarray(net.head.kernel)
+            first.zero_grad()
+            first.backward(module_loss, net, x, y)
+            assert all(box.grad is None for box in optim.parameters(net.head)) or interleaved
+            first.step()
+            np.testing.assert_array_equal(head, net.head.kernel)
+            base = np.asarray(net.base.kernel)
+            if interleaved:
+                second.zero_grad()
+                second.backward(module_loss, net, x, y)
+                second.step()
+                np.testing.assert_array_equal(base, net.base.kernel)
+                assert not np.array_equal(head, net.head.kernel)
+            trace.append(base)
+        assert len(first.state) == 2
+        assert len(second.state) == (1 if interleaved else 0)
+        return trace
+
+    apart, together = train(False), train(True)
+    np.testing.assert_array_equal(apart[0], together[0])
+    assert not np.array_equal(apart[1], together[1])  # through the loss, not through the optimizer
+
+
+def test_two_optimizers_on_the_same_parameters_share_gradients_not_state() -> None:
+    net = Net([np.float32(v) for v in VALUES])
+    first, second = optim.Adam(net, lr=0.1), optim.Adam(net, lr=0.1)
+    first.backward(module_loss, *(np.float32(a) for a in batch(0)))
+    first.step()
+    assert not second.state
+    second.step()  # the gradient is the parameter's, as in PyTorch
+    assert [state["step"] for state in second.state.values()] == [1, 1, 1]
+    second.zero_grad()
+    assert all(box.grad is None for box in optim.parameters(net))
+
+
+# --- Groups ---------------------------------------------------------------------------------------------------------
+
+
+def test_group_options_and_defaults() -> None:
+    optimizer = optim.SGD(groups([jnp.ones(2)], {"w": jnp.ones(3)}), lr=0.5, momentum=0.9)
+    first, second = optimizer.param_groups
+    assert (first["lr"], first["weight_decay"], first["momentum"]) == (0.5, 0, 0.9)
+    assert (second["lr"], second["weight_decay"], second["momentum"]) == (0.02, 0.0, 0.9)
+    assert optimizer.defaults["lr"] == 0.5
+    assert isinstance(optimizer.params, list)
+    assert [type(part) for part in optimizer.params] == [list, dict]
+
+
+def test_the_users_group_dicts_are_left_alone() -> None:
+    given = [{"params": [optim.Parameter(1.0)]}]
+    shallow = [dict(group) for group in given]
+    optim.SGD(given, lr=0.1)
+    assert given == shallow
+
+
+def test_group_values_can_be_edited_by_hand() -> None:
+    optimizer = optim.SGD(groups([jnp.ones(2)], [jnp.ones(2)]), lr=1.0)
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.1
+    optimizer.step([[jnp.ones(2)], [jnp.ones(2)]])
+    np.testing.assert_allclose(optimizer.params[0][0], 0.9, rtol=1e-6)
+    np.testing.assert_allclose(optimizer.params[1][0], 0.998, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("form", ["backward", "grads", "loss"])
+def test_add_param_group_mid_run_is_pytorchs(form: str, torch: Any) -> None:
+    def ours() -> list[Any]:
+        first, second = optim.Parameter(VALUES[0]), optim.Parameter(VALUES[1])
+        optimizer = optim.Adam([first], lr=0.1)
+        one = lambda params: jnp.sum(params[0] ** 4)  # noqa: E731
+        both = lambda params: jnp.sum(params[0][0] ** 4) + jnp.sum(params[1][0] ** 4)  # noqa: E731
+        for step in range(6):
+            if step == 3:
+                optimizer.add_param_group({"params": second, "lr": 0.02})
+            loss = one if step < 3 else both
+            if form == "backward":
+                optimizer.zero_grad()
+                optimizer.backward(loss)
+                optimizer.step()
+            else:
+                optimizer.step(jax.grad(loss)(optimizer.params) if form == "grads" else loss)
+        assert [optimizer.state[box]["step"] for box in (first, second)] == [6, 3]
+        return [first.value, second.value]
+
+    def theirs() -> list[Any]:
+        first, second = (torch.nn.Parameter(torch.from_numpy(v.copy())) for v in VALUES[:2])
+        optimizer = torch.optim.Adam([first], lr=0.1)
+        for step in range(6):
+            if step == 3:
+                optimizer.add_param_group({"params": second, "lr": 0.02})
+            optimizer.zero_grad()
+            loss = (first**4).sum() + ((second**4).sum() if step >= 3 else 0)
+            loss.backward()
+            optimizer.step()
+        return [first.detach().numpy(), second.detach().numpy()]
+
+    for a, b in zip(ours(), theirs(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_add_param_group_of_a_module_while_fine_tuning() -> None:
+    net = Net([np.float32(v) for v in VALUES])
+    x, y = (np.float32(a) for a in batch(0))
+    optimizer = optim.SGD(net.head, lr=0.1)
+    optimizer.add_param_group({"params": optim.named_parameters(net.base), "lr": 0.01})
+    before = np.asarray(net.base.kernel)
+    optimizer.backward(lambda head, net, x, y: mse(head(jnp.tanh(net.base(x))), y), net, x, y)
+    grad = {box.name: box.grad for box in optimizer.param_groups[1]["params"]}["kernel"]
+    optimizer.step()
+    np.testing.assert_allclose(net.base.kernel[...], before - 0.01 * np.asarray(grad), rtol=1e-6)
+
+
+# --- Gradients ------------------------------------------------------------------------------------------------------
+
+
+def test_zero_grad_both_ways() -> None:
+    w, b = optim.Parameter(jnp.ones(2)), optim.Parameter(jnp.ones(3))
+    optimizer = optim.SGD([w, b], lr=0.1, momentum=0.9)
+    w.grad = jnp.full(2, 3.0)
+    optimizer.zero_grad(set_to_none=False)
+    np.testing.assert_array_equal(w.grad, [0, 0])
+    assert b.grad is None
+    optimizer.step()
+    assert w in optimizer.state  # a zero gradient is a gradient
+    assert b not in optimizer.state
+    optimizer.zero_grad()
+    assert w.grad is None
+    optimizer.step()  # nothing to do
+    np.testing.assert_array_equal(w.value, [1, 1])
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_missing_gradient_skips_everything_as_in_pytorch(torch: Any) -> None:
+    def run(make: Any, optimizer_class: Any, to_array: Any) -> Any:
+        params = [make(v) for v in VALUES]
+        optimizer = optimizer_class(params, lr=0.1, weight_decay=0.5)
+        for step in range(4):
+            for index, p in enumerate(params):
+                p.grad = None if (step + index) % 2 else to_array(np.full(VALUES[index].shape, step + 1.0))
+            optimizer.step()
+        return params, [int(optimizer.state[p]["step"]) for p in params]
+
+    ours, steps = run(optim.Parameter, optim.AdamW, jnp.asarray)
+    theirs, their_steps = run(
+        lambda v: torch.nn.Parameter(torch.from_numpy(v.copy())), torch.optim.AdamW, torch.from_numpy
+    )
+    assert steps == their_steps == [2, 2, 2]
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a.value, b.detach().numpy(), rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_may_be_numpy_arrays() -> None:
+    optimizer = optim.SGD({"w": np.ones(2, np.float32)}, lr=1.0)
+    optimizer.step({"w": np.full(2, 0.25)})
+    assert optimizer.params["w"].dtype == jnp.float32
+    np.testing.assert_array_equal(optimizer.params["w"], [0.75, 0.75])
+
+
+# --- Compilation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["backward", "grads", "loss"])
+@pytest.mark.parametrize("optimizer_class", [optim.SGD, optim.Adam, optim.AdamW, optim.RMSprop, optim.Adagrad])
+def test_changing_group_values_never_recompiles(form: str, optimizer_class: Any, compilations: Any) -> None:
+    optimizer = optimizer_class([jnp.ones(3), jnp.ones((2, 2))], lr=0.1, weight_decay=0.1)
+
+    def loss(params: Any, x: Any) -> Any:
+        return x * sum(jnp.sum(p**2) for p in params)
+
+    def step(x: float) -> None:
+        if form == "backward":
+            optimizer.zero_grad()
+            optimizer.backward(loss, x)
+            optimizer.step()
+        elif form == "grads":
+            optimizer.step(optimizer.params)
+        else:
+            optimizer.step(loss, x)
+
+    step(1.0)
+    step(1.0)
+    before = compilations()
+    numeric = [
+        key
+        for key, value in optimizer.param_groups[0].items()
+        if isinstance(value, float) and not isinstance(value, bool)
+    ]
+    assert {"lr", "weight_decay"} <= set(numeric)
+    for index in range(3):
+        for key in numeric:
+            optimizer.param_groups[0][key] *= 0.9
+        if "betas" in optimizer.param_groups[0]:
+            optimizer.param_groups[0]["betas"] = (0.5 + 0.1 * index, 0.9)
+        step(1.0 + index)
+    assert compilations() == before
+
+
+def test_a_rate_in_an_array_does_not_recompile_either(compilations: Any) -> None:
+    optimizer = optim.SGD([jnp.ones(3)], lr=jnp.asarray(0.1))
+    rates = [jnp.asarray(0.01 * i) for i in range(4)]
+    for _ in range(2):
+        optimizer.step([jnp.ones(3)])
+    before = compilations()
+    for rate in rates:
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step([jnp.ones(3)])
+    assert compilations() == before
+
+
+def test_a_new_optimizer_of_the_same_shapes_compiles_nothing(compilations: Any) -> None:
+    def run() -> None:
+        optimizer = optim.Adam([jnp.ones(7), jnp.ones(7)], lr=0.1)
+        for _ in range(2):
+            optimizer.step([jnp.ones(7), jnp.ones(7)])
+
+    run()
+    before = compilations()
+    run()
+    assert compilations() == before
+
+
+# --- Errors change nothing ------------------------------------------------------------------------------------------
+
+
+def contents(optimizer: Any) -> Any:
+    """Everything that an error must not change, as plain comparable values."""
+    plain = lambda x: np.asarray(x).tolist() if hasattr(x, "shape") else x  # noqa: E731
+    groups = [{**group, "params": [id(box) for box in group["params"]]} for group in optimizer.param_groups]
+    state = {id(box): {k: plain(v) for k, v in entries.items()} for box, entries in optimizer.state.items()}
+    boxes = [box for group in optimizer.param_groups for box in group["params"]]
+    return copy.deepcopy((groups, state, [(plain(box.value), plain(box.grad)) for box in boxes]))
+
+
+def two_groups() -> Any:
+    optimizer = optim.Adam(
+        [{"params": {"w": jnp.ones((2, 3)), "b": jnp.zeros(3)}}, {"params": {"h": jnp.ones(2)}, "lr": 0.5}], lr=0.1
+    )
+    optimizer.step([{"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, {"h": jnp.ones(2)}])
+    for box in optimizer.param_groups[0]["params"]:
+        box.grad = jnp.ones(box.shape)
+    return optimizer
+
+
+GOOD = {"w": np.ones((2, 3), np.float32), "b": np.ones(3, np.float32)}
+H = {"h": np.ones(2, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("grads", "error", "message"),
+    [
+        ([GOOD], ValueError, "2 groups"),
+        (GOOD, ValueError, "2 groups"),
+        ([GOOD, {"k": H["h"]}], ValueError, r"missing \['h'\], unexpected \['k'\]"),
+        ([{"w": GOOD["w"]}, H], ValueError, r"missing \['b'\]"),
+        ([{**GOOD, "c": 1.0}, H], ValueError, r"unexpected \['c'\]"),
+        ([list(GOOD.values()), H], ValueError, "structure"),
+        ([GOOD, {"h": np.ones(3, np.float32)}], ValueError, r"'h' has shape \(3,\), the parameter has \(2,\)"),
+        ([GOOD, {"h": np.ones((1, 2), np.float32)}], ValueError, r"'h' has shape \(1, 2\)"),
+        ([GOOD, {"h": np.float32(1)}], ValueError, r"'h' has shape \(\)"),
+        ([GOOD, {"h": np.ones(2, int)}], TypeError, "'h' is int64: it must be a floating array"),
+        ([GOOD, {"h": np.ones(2, bool)}], TypeError, "'h' is bool"),
+        ([GOOD, {"h": np.ones(2, complex)}], TypeError, "'h' is complex128, the parameter is real"),
+        ([GOOD, {"h": "grad"}], TypeError, "'h' must be an array or None, got str"),
+    ],
+)
+def test_gradients_that_do_not_fit(grads: Any, error: Any, message: str) -> None:
+    optimizer = two_groups()
+    before = contents(optimizer)
+    with pytest.raises(error, match=message):
+        optimizer.step(grads)
+    assert contents(optimizer) == before
+
+
+def test_gradients_of_a_module_that_do_not_fit() -> None:
+    net = Net([np.float32(v) for v in VALUES])
+    optimizer = optim.SGD(net, lr=0.1)
+    grads = jax.tree.map(jnp.ones_like, nnx.state(net, nnx.Param))
+    before = contents(optimizer)
+    with pytest.raises(ValueError, match=r"missing \['head.kernel'\]"):
+        optimizer.step({"base": grads["base"]})
+    grads["head"]["kernel"] = jnp.ones(2)
+    with pytest.raises(ValueError, match=r"'head.kernel' has shape \(2,\), the parameter has \(4, 2\)"):
+        optimizer.step(grads)
+    assert contents(optimizer) == before
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda o: o.step(lambda params: params[0]["w"]), TypeError, "scalar"),
+        (lambda o: o.step(lambda params: jnp.sum(params[0]["missing"])), KeyError, "missing"),
+        (lambda o: o.step([GOOD, H], 3), TypeError, "no further arguments"),
+        (lambda o: o.backward(lambda params: params[0]["w"]), TypeError, "scalar"),
+        (lambda o: o.backward(3), TypeError, "callable, got int: 3"),
+        (lambda o: o.add_param_group([jnp.ones(2)]), TypeError, "must be a dict, but got"),
+        (lambda o: o.add_param_group({"lr": 1.0}), ValueError, "no 'params'"),
+        (lambda o: o.add_param_group({"params": {"z": jnp.ones(2)}, "lr": -1}), ValueError, "rate: -1"),
+        (lambda o: o.add_param_group({"params": {"z": jnp.ones(2)}, "lr": "fast"}), TypeError, "'fast'"),
+        (lambda o: o.add_param_group({"params": {"z": jnp.ones(2)}, "momentum": 1}), TypeError, "option 'momentum'"),
+        (lambda o: o.add_param_group({"params": o.param_groups[0]["params"][:1]}), ValueError, "more than one|names"),
+        (
+            lambda o: o.add_param_group({"params": [("b", o.param_groups[0]["params"][0])]}),
+            ValueError,
+            "some parameters appear in more than one parameter group: b",
+        ),
+        (lambda o: o.add_param_group({"params": [optim.Parameter(1.0)]}), ValueError, "with/without names"),
+        (lambda o: o.add_param_group({"params": {optim.Parameter(1.0)}}), TypeError, "sets"),
+        (lambda o: o.add_param_group({"params": {"z": jnp.ones(2)}, "amsgrad": jnp.ones(())}), TypeError, "plain"),
+    ],
+)
+def test_an_error_changes_nothing(call: Any, error: Any, message: str) -> None:
+    optimizer = two_groups()
+    before = contents(optimizer)
+    with pytest.raises(error, match=message):
+        call(optimizer)
+    assert contents(optimizer) == before
+    optimizer.step([GOOD, H])  # and it still works
+
+
+def test_a_group_value_that_is_no_number_is_named() -> None:
+    optimizer = two_groups()
+    optimizer.param_groups[1]["lr"] = "fast"
+    before = contents(optimizer)
+    with pytest.raises(ValueError, match=r"lr of param_groups\[1\] is 'fast'"):
+        optimizer.step([GOOD, H])
+    assert contents(optimizer) == before
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "message"),
+    [
+        (lambda: [], ValueError, "empty parameter list"),
+        (lambda: (), ValueError, "empty parameter list"),
+        (lambda: {}, ValueError, "empty parameter list"),
+        (lambda: iter(()), ValueError, "empty parameter list"),
+        (lambda: {"n": 3}, ValueError, "empty parameter list"),
+        (lambda: nnx.Dropout(0.5, rngs=nnx.Rngs(0)), ValueError, "empty parameter list"),
+        (lambda: optim.parameters(nnx.Dropout(0.5)), ValueError, "empty parameter list"),
+        (lambda: optim.Parameter(1.0), TypeError, "single"),
+        (lambda: {optim.Parameter(1.0)}, TypeError, "ordering in sets"),
+        (lambda: {"w": optim.Parameter(1.0)}, TypeError, r"\.items\(\)"),
+        (lambda: [optim.Parameter(1.0), jnp.ones(2)], TypeError, "can only optimize Parameters"),
+        (lambda: [optim.Parameter(1.0), ("b", optim.Parameter(1.0))], ValueError, "with/without names"),
+        (lambda: [("b", optim.Parameter(1.0)), ("b", optim.Parameter(1.0))], ValueError, "differ"),
+        (lambda: [optim.Parameter(1.0)] * 2, ValueError, "more than once"),
+        (lambda: groups([box := optim.Parameter(1.0)], [box]), ValueError, "more than one parameter group"),
+        (lambda: [{"params": [optim.Parameter(1.0)], "lrs": 1}], TypeError, "unknown option 'lrs'"),
+        (lambda: [{"params": [optim.Parameter(1.0)], "lr": -1}], ValueError, "Invalid learning rate: -1"),
+    ],
+)
+def test_parameters_that_cannot_be_optimized(params: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        optim.SGD(params(), lr=0.1)
+
+
+@pytest.mark.parametrize("kwargs", [{"lr": -1}, {"momentum": -1}, {"learning_rate": 0.1}])
+def test_a_failed_constructor_leaves_a_module_alone(kwargs: Any) -> None:
+    net = Net([np.float32(v) for v in VALUES])
+    before = [np.asarray(v) for v in module_leaves(net)]
+    with pytest.raises((ValueError, TypeError)):
+        optim.SGD(net, **kwargs)
+    for old, variable in zip(before, module_leaves(net), strict=True):
+        np.testing.assert_array_equal(old, variable[...])
+    assert all(box.grad is None for box in optim.parameters(net))
+
+
+# --- repr -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("SGD", {"lr": 0.1, "momentum": 0.9}),
+        ("Adam", {}),
+        ("AdamW", {"lr": 1e-3, "amsgrad": True}),
+        ("RMSprop", {"centered": True}),
+        ("Adagrad", {"lr_decay": 0.1}),
+    ],
+)
+def test_repr_is_pytorchs(name: str, options: Any, torch: Any) -> None:
+    def build(module: Any, box: Callable[[Any], Any]) -> Any:
+        first, second = box(np.ones(2)), box(np.ones(3))
+        optimizer = getattr(module, name)([{"params": [first]}, {"params": [second], "lr": 0.5}], **options)
+        optimizer.param_groups[0]["lr"] = 0.25
+        return optimizer
+
+    ours = build(optim, optim.Parameter)
+    theirs = build(torch.optim, lambda value: torch.nn.Parameter(torch.from_numpy(value)))
+    assert repr(ours).splitlines() == repr(theirs).splitlines()
+
+
+# --- Subclasses -----------------------------------------------------------------------------------------------------
+
+
+class SignSlots(NamedTuple):
+    previous: Any
+
+
+class SignScalars(NamedTuple):
+    lr: Any
+
+
+class SignSGD(optim.Optimizer):
+    """A rule of a user: steps against the sign of the gradient, halved where the sign has changed."""
+
+    rule = Rule(
+        slots=SignSlots,
+        init=lambda param, hyper, flags: SignSlots(jnp.zeros_like(param)),
+        scalars=lambda step, hyper: SignScalars(hyper.lr),
+        update=lambda param, grad, slots, scalars, flags: (
+            param - scalars.lr * jnp.where(grad * slots.previous < 0, 0.5, 1.0) * jnp.sign(grad),
+            SignSlots(grad),
+        ),
+    )
+
+    def __init__(self, params: Any, lr: LearningRate = 0.1):
+        super().__init__(params, dict(lr=lr))
+
+
+def test_a_subclass_with_a_rule_gets_both_faces(compilations: Any) -> None:
+    def loss(params: Any, target: Any) -> Any:
+        return jnp.sum((params["w"] - target) ** 2)
+
+    start, target = {"w": jnp.array([0.05, 1.0])}, jnp.zeros(2)
+    expected = [[-0.05, 0.9], [0.0, 0.8]]
+    optimizer = SignSGD(start)
+    optimizer.step(loss, target)
+    np.testing.assert_allclose(optimizer.params["w"], expected[0], atol=1e-6)
+    optimizer.backward(loss, target)
+    optimizer.step()
+    np.testing.assert_allclose(optimizer.params["w"], expected[1], atol=1e-6)
+    assert optimizer.state_dict()["state"][0].keys() == {"step", "previous"}
+    assert repr(optimizer) == "SignSGD (\nParameter Group 0\n    lr: 0.1\n)"
+    before = compilations()
+    optimizer.param_groups[0]["lr"] = 0.05
+    optimizer.step()
+    assert compilations() == before
+
+    sign_sgd = optim.functional.factory(SignSGD)(lr=0.1)
+    params, state = start, sign_sgd.init(start)
+    for row in expected:
+        params, state = jax.jit(sign_sgd.update)(params, jax.grad(loss)(params, target), state)
+        np.testing.assert_allclose(params["w"], row, atol=1e-6)
+    with pytest.raises(ValueError, match="Invalid learning rate: -1"):
+        SignSGD(start, lr=-1)
+
+
+class PlainSGD(optim.Optimizer):
+    """SGD as old PyTorch tutorials write it: a loop over groups and parameters."""
+
+    def __init__(self, params: Any, lr: Any, momentum: Any = 0, weight_decay: Any = 0, nesterov: bool = False):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov))
+
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            loss = closure()
+        for group in self.param_groups:
+            weight_decay = group["weight_decay"]
+            momentum = group["momentum"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                d_p = p.grad
+                if weight_decay != 0:
+                    d_p = d_p + weight_decay * p.value
+                if momentum != 0:
+                    param_state = self.state[p]
+                    if "momentum_buffer" not in param_state:
+                        buf = param_state["momentum_buffer"] = d_p
+                    else:
+                        buf = param_state["momentum_buffer"] = momentum * param_state["momentum_buffer"] + d_p
+                    d_p = d_p + momentum * buf if group["nesterov"] else buf
+                p.value = p.value - group["lr"] * d_p
+        return loss
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_subclass_that_overrides_step_in_python() -> None:
+    """It moves as `optim.SGD` does, with hooks, closure, state dict and scheduler."""
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
+    arrays = [jnp.asarray(v) for v in VALUES]
+    plain, ours = PlainSGD(list(map(optim.Parameter, arrays)), **options), optim.SGD(arrays, **options)
+    calls: list[str] = []
+    plain.register_step_pre_hook(lambda o, args, kwargs: calls.append("pre"))
+    plain.register_step_post_hook(lambda o, args, kwargs: calls.append("post"))
+    scheduler = optim.lr_scheduler.StepLR(plain, 2)
+
+    def loss(params: Any, x: Any, y: Any) -> Any:
+        return mse(forward(*params, x), y)
+
+    for step in range(4):
+
+        def closure(step: int = step) -> Any:
+            plain.zero_grad()
+            return plain.backward(loss, *batch(step))
+
+        ours.param_groups[0]["lr"] = plain.param_groups[0]["lr"]
+        np.testing.assert_allclose(plain.step(closure), ours.step(loss, *batch(step)), rtol=1e-12)
+        scheduler.step()
+    for a, b in zip(plain.params, ours.params, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+    assert calls == ["pre", "post"] * 4
+
+    resumed = PlainSGD([optim.Parameter(value) for value in plain.params], **options)
+    resumed.load_state_dict(plain.state_dict())
+    for optimizer in (plain, resumed):
+        optimizer.zero_grad()
+        optimizer.backward(loss, *batch(9))
+        optimizer.step()
+    for a, b in zip(plain.params, resumed.params, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_subclass_that_extends_step_runs_hooks_once() -> None:
+    class Logged(optim.SGD):
+        def step(self, *args: Any) -> Any:
+            log.append("step")
+            return super().step(*args)
+
+    log: list[str] = []
+    optimizer = Logged([jnp.ones(2)], lr=0.1)
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: log.append("pre"))
+    optimizer.register_step_post_hook(lambda o, args, kwargs: log.append("post"))
+    optimizer.step([jnp.ones(2)])
+    assert log == ["pre", "step", "post"]
+    np.testing.assert_allclose(optimizer.params[0], 0.9, rtol=1e-6)
+
+
+def test_a_subclass_without_rule_and_step_says_what_it_lacks() -> None:
+    class Nothing(optim.Optimizer):
+        def __init__(self, params: Iterable[Any]):
+            super().__init__(params, {})
+
+    with pytest.raises(NotImplementedError, match="Nothing must set `rule` or override step"):
+        Nothing([jnp.ones(2)]).step([jnp.ones(2)])
