@@ -1,0 +1,330 @@
+"""`backward` and `step(loss_fn)`: what is differentiated, what is compiled, what the loss changes in a module."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import optimjax as optim
+
+X = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+Y = np.random.default_rng(1).normal(size=(8, 2)).astype(np.float32)
+
+
+class Net(nnx.Module):
+    """Statistics, random state and tied parameters."""
+
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(params=0, dropout=1)
+        self.first = nnx.Linear(3, 3, rngs=rngs)
+        self.second = nnx.Linear(3, 3, rngs=rngs)
+        self.second.kernel = self.first.kernel
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+        self.dropout = nnx.Dropout(0.3, rngs=rngs)
+        self.out = nnx.Linear(3, 2, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.out(self.dropout(self.norm(self.second(jnp.tanh(self.first(x))))))
+
+
+def loss_fn(net: Any, x: Any, y: Any) -> Any:
+    return jnp.mean((net(x) - y) ** 2)
+
+
+def sum_of_squares(params: Any, scale: Any = 1.0) -> Any:
+    return scale * sum(jnp.sum(p**2) for p in jax.tree.leaves(params))
+
+
+def boxes_of(optimizer: Any) -> list[Any]:
+    return [box for group in optimizer.param_groups for box in group["params"]]
+
+
+# --- Gradients ------------------------------------------------------------------------------------------------------
+
+
+def test_backward_on_two_losses_adds_up() -> None:
+    optimizer = optim.SGD({"w": jnp.array([1.0, 2.0])}, lr=0.1)
+    assert float(optimizer.backward(sum_of_squares)) == 5.0
+    assert float(optimizer.backward(sum_of_squares, 10.0)) == 50.0
+    np.testing.assert_allclose(boxes_of(optimizer)[0].grad, [22, 44], rtol=1e-6)
+    np.testing.assert_array_equal(optimizer.params["w"], [1, 2])  # nothing has moved
+
+
+def test_accumulated_gradients_equal_the_large_batch() -> None:
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    optimizer = optim.SGD(model, lr=0.1)
+    whole = nnx.grad(loss_fn)(model, X, Y)
+    for part in range(4):
+        rows = slice(2 * part, 2 * part + 2)
+        optimizer.backward(lambda model, x, y: loss_fn(model, x, y) / 4, X[rows], Y[rows])
+    for box in boxes_of(optimizer):
+        np.testing.assert_allclose(box.grad, whole[box.name][...], rtol=1e-5, atol=1e-7)
+
+
+def test_has_aux() -> None:
+    def with_aux(params: Any, x: Any) -> Any:
+        loss = jnp.sum(params["w"] * x)
+        return loss, {"double": 2 * loss, "x": x}
+
+    optimizer = optim.SGD({"w": jnp.ones(2)}, lr=0.1)
+    loss, aux = optimizer.backward(with_aux, jnp.array([1.0, 2.0]), has_aux=True)
+    assert (float(loss), float(aux["double"])) == (3.0, 6.0)
+    np.testing.assert_array_equal(aux["x"], [1, 2])
+    np.testing.assert_array_equal(boxes_of(optimizer)[0].grad, [1, 2])
+
+
+def test_a_parameter_the_loss_does_not_use_gets_a_zero_gradient() -> None:
+    """As `jax.grad` has it; an unused box of a module that is no argument gets none."""
+    optimizer = optim.SGD({"w": jnp.ones(2), "unused": jnp.ones(3)}, lr=0.1)
+    optimizer.backward(lambda params: jnp.sum(params["w"]))
+    assert [box.grad.tolist() for box in boxes_of(optimizer)] == [[0, 0, 0], [1, 1]]
+
+
+@pytest.mark.parametrize("form", ["backward", "step"])
+@pytest.mark.parametrize("optimizer_class", [optim.SGD, optim.Adam])
+def test_a_frozen_parameter_gets_no_gradient_and_no_state(form: str, optimizer_class: Any) -> None:
+    model = Net()
+    named = dict(optim.named_parameters(model))
+    for name, box in named.items():
+        box.requires_grad = not name.startswith("first")
+    before = {name: np.asarray(box) for name, box in named.items()}
+    optimizer = optimizer_class(model, lr=0.1, weight_decay=0.1)
+    for _ in range(2):
+        if form == "backward":
+            optimizer.backward(loss_fn, X, Y)
+            optimizer.step()
+        else:
+            optimizer.step(loss_fn, X, Y)
+    for name, box in named.items():
+        moved = not np.array_equal(before[name], box)
+        assert moved == box.requires_grad
+        assert (box.grad is None) == (form == "step" or not box.requires_grad)
+        assert (box in optimizer.state) == (moved and optimizer_class is optim.Adam)
+
+    for box in named.values():  # thawed, it takes part, and counts from here
+        box.requires_grad = True
+    optimizer.step(loss_fn, X, Y)
+    assert not np.array_equal(before["first.bias"], named["first.bias"])
+    if optimizer_class is optim.Adam:
+        steps = [optimizer.state[named[name]]["step"] for name in ("first.kernel", "out.kernel")]
+        assert steps == [1, 3]
+
+
+def test_boxes_of_a_module_are_differentiated_in_the_module_given() -> None:
+    model = Net()
+    optimizer = optim.SGD(optim.parameters(model.out), lr=0.1)
+    loss = optimizer.backward(loss_fn, model, X, Y)
+    assert loss.shape == ()
+    named = dict(optim.named_parameters(model))
+    assert [name for name, box in named.items() if box.grad is not None] == ["out.bias", "out.kernel"]
+    with pytest.raises(ValueError, match="pass the module that they belong to"):
+        optimizer.backward(loss_fn, Net(), X, Y)
+    with pytest.raises(ValueError, match="pass the module that they belong to"):
+        optimizer.step(lambda x: jnp.sum(x), X)
+
+
+def test_boxes_may_be_arguments_themselves() -> None:
+    w, b = optim.Parameter([1.0, 2.0]), optim.Parameter([0.5, 0.5], requires_grad=False)
+    optimizer = optim.SGD([w], lr=0.1)
+    optimizer.backward(lambda params, other: jnp.sum(params[0] * other), b)
+    np.testing.assert_array_equal(w.grad, [0.5, 0.5])
+    assert b.grad is None
+
+
+def test_modules_that_share_variables_stay_shared() -> None:
+    model = Net()
+    first, second = optim.SGD(optim.parameters(model.first), lr=0.1), optim.SGD(model, lr=0.1)
+    first.backward(lambda a, b, x: jnp.mean(a(x) + b(x)), model.first, model.second, X)
+    both = dict(optim.named_parameters(model))["first.kernel"].grad
+    second.zero_grad()
+    first.backward(lambda a, x: jnp.mean(a(x)), model.first, X)
+    np.testing.assert_allclose(both, 2 * first.param_groups[0]["params"][1].grad, rtol=1e-6)
+
+
+# --- What a loss changes in a module --------------------------------------------------------------------------------
+
+
+def non_parameters(model: Any) -> list[np.ndarray]:
+    state = nnx.state(model, nnx.Not(nnx.Param))
+    return [
+        np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
+        for leaf in jax.tree.leaves(state)
+    ]
+
+
+@pytest.mark.parametrize("form", ["backward", "step", "boxes"])
+def test_statistics_and_random_state_advance_as_under_nnx(form: str) -> None:
+    ours, theirs = Net(), Net()
+    optimizer = optim.SGD(optim.parameters(ours) if form == "boxes" else ours, lr=0.1)
+    start = non_parameters(ours)
+
+    @nnx.jit
+    def value_and_grad(model: Any, x: Any, y: Any) -> Any:
+        return nnx.value_and_grad(loss_fn)(model, x, y)
+
+    for _ in range(3):
+        expected, grads = value_and_grad(theirs, X, Y)
+        params = nnx.state(theirs, nnx.Param)
+        nnx.update(theirs, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads))
+        if form == "step":
+            loss = optimizer.step(loss_fn, X, Y)
+        else:
+            optimizer.zero_grad()
+            loss = optimizer.backward(loss_fn, *([ours] if form == "boxes" else []), X, Y)
+            optimizer.step()
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+        for a, b in zip(non_parameters(ours), non_parameters(theirs), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert any(not np.array_equal(a, b) for a, b in zip(start, non_parameters(ours), strict=True))
+    assert int(ours.dropout.rngs.count[...]) == int(theirs.dropout.rngs.count[...]) == 3
+    for a, b in zip(optim.parameters(ours), optim.parameters(theirs), strict=True):
+        np.testing.assert_allclose(a.value, b.value, rtol=1e-4, atol=1e-6)
+
+
+def test_train_and_eval_are_respected() -> None:
+    model = Net()
+    optimizer = optim.SGD(model, lr=0.0)
+
+    def three(form: Any) -> list[float]:
+        return [float(form(loss_fn, X, Y)) for _ in range(3)]
+
+    for form in (optimizer.backward, optimizer.step):
+        model.train()
+        assert len(set(three(form))) == 3  # dropout draws anew
+        model.eval()
+        before = non_parameters(model)
+        assert len(set(three(form))) == 1
+        for a, b in zip(before, non_parameters(model), strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert three(form)[0] == pytest.approx(float(loss_fn(model, X, Y)), rel=1e-5)
+
+
+def test_another_module_among_the_arguments_is_updated_but_not_differentiated() -> None:
+    class Counter(nnx.Module):
+        def __init__(self) -> None:
+            self.calls = nnx.Variable(jnp.zeros((), jnp.int32))
+            self.w = nnx.Param(jnp.ones(()))
+
+    def loss(params: Any, counter: Any) -> Any:
+        counter.calls[...] += 1
+        return params["v"] * counter.w[...]
+
+    counter, optimizer = Counter(), optim.SGD({"v": jnp.ones(())}, lr=0.1)
+    optimizer.backward(loss, counter)
+    optimizer.step(loss, counter)
+    assert int(counter.calls[...]) == 2
+    assert float(counter.w[...]) == 1.0
+    assert float(optimizer.params["v"]) == pytest.approx(0.9)
+
+
+def test_an_error_in_the_loss_changes_nothing_in_the_module() -> None:
+    model = Net()
+    optimizer = optim.Adam(model)
+    optimizer.step(loss_fn, X, Y)
+    before = [*map(np.asarray, optim.parameters(model)), *non_parameters(model)]
+
+    def broken(model: Any, x: Any, y: Any) -> Any:
+        loss_fn(model, x, y)
+        raise RuntimeError("broken")
+
+    for form in (optimizer.backward, optimizer.step):
+        with pytest.raises(RuntimeError, match="broken"):
+            form(broken, X, Y)
+        after = [*map(np.asarray, optim.parameters(model)), *non_parameters(model)]
+        for a, b in zip(before, after, strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert all(box.grad is None for box in optim.parameters(model))
+    assert {state["step"] for state in optimizer.state.values()} == {1}
+
+
+def test_a_loss_that_adds_variables_is_refused_by_name() -> None:
+    def sows(model: Any, x: Any) -> Any:
+        model.hidden = nnx.Variable(x)
+        return jnp.mean(model(x))
+
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="added, removed or reshaped variables"):
+        optim.SGD(model).backward(sows, X)
+
+
+# --- Compilation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["backward", "step"])
+def test_a_loss_is_compiled_once(form: str, compilations: Any) -> None:
+    traces = 0
+
+    def loss(params: Any, x: Any, scale: Any) -> Any:
+        nonlocal traces
+        traces += 1
+        return scale * jnp.sum(params["w"] * x)
+
+    optimizer = optim.SGD({"w": jnp.ones(3)}, lr=0.1, momentum=0.9)
+
+    def run(step: int) -> None:
+        if form == "backward":
+            optimizer.zero_grad()
+            optimizer.backward(loss, np.full(3, step, np.float32), float(step))
+            optimizer.step()
+        else:
+            optimizer.step(loss, np.full(3, step, np.float32), float(step))
+
+    run(0)
+    first = traces
+    run(1)
+    before = compilations()
+    for step in range(2, 5):
+        run(step)
+    assert traces == first == 1
+    assert compilations() == before
+
+
+def test_a_module_loss_is_compiled_once(compilations: Any) -> None:
+    model = Net()
+    optimizer = optim.Adam(model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        optimizer.backward(loss_fn, X, Y)
+        optimizer.step()
+        optimizer.step(loss_fn, X, Y)
+    before = compilations()
+    for _ in range(3):
+        optimizer.zero_grad()
+        optimizer.backward(loss_fn, X, Y)
+        optimizer.step()
+        optimizer.step(loss_fn, X, Y)
+    assert compilations() == before
+    model.eval()
+    optimizer.step(loss_fn, X, Y)
+    evaluated = compilations()
+    assert evaluated > before
+    model.train()
+    optimizer.step(loss_fn, X, Y)
+    model.eval()
+    optimizer.step(loss_fn, X, Y)
+    assert compilations() == evaluated  # both modes are remembered
+
+
+def test_static_arguments_are_compiled_in() -> None:
+    def loss(params: Any, x: Any, reduction: str, activation: Any) -> Any:
+        values = activation(params["w"] * x)
+        return jnp.sum(values) if reduction == "sum" else jnp.mean(values)
+
+    optimizer = optim.SGD({"w": jnp.ones(2)}, lr=0.1)
+    assert float(optimizer.backward(loss, jnp.ones(2), "sum", jnp.abs)) == 2.0
+    assert float(optimizer.backward(loss, jnp.ones(2), "mean", jnp.abs)) == 1.0
+    assert float(optimizer.backward(loss, jnp.ones(2), "mean", jnp.negative)) == -1.0
+
+
+def test_random_keys_and_trees_are_arguments() -> None:
+    def loss(params: Any, key: Any, batch: Any) -> Any:
+        return jnp.sum(params["w"] * jax.random.normal(key, (2,)) * batch["x"])
+
+    optimizer = optim.SGD({"w": jnp.ones(2)}, lr=0.1)
+    for key in (jax.random.key(0), jax.random.PRNGKey(1)):
+        optimizer.zero_grad()
+        optimizer.backward(loss, key, {"x": jnp.ones(2)})
+        np.testing.assert_allclose(boxes_of(optimizer)[0].grad, jax.random.normal(key, (2,)), rtol=1e-6)
