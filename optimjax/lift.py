@@ -83,7 +83,7 @@ def lift(rule: Rule, hyperparameters: Hyperparameters, values: Mapping[str, Any]
     """The algorithm that applies ``rule`` with these hyperparameters to every leaf of a tree."""
     for key, value in values.items():
         _check(hyperparameters, key, value)
-    flags = hyperparameters.flags(values)
+    flags = hyperparameters.fixed_flags(values)
     if rule.check is not None:
         rule.check(hyperparameters.hyper(values), flags)
     fields = active_fields(rule, hyperparameters, flags)
@@ -116,10 +116,14 @@ def lift(rule: Rule, hyperparameters: Hyperparameters, values: Mapping[str, Any]
         """One update of every parameter; see :class:`Algorithm`."""
         leaves, treedef = flatten_params(params)
         grad_leaves = match(treedef, grads, lambda: names(params))
-        _check_overrides(hyperparameters, overrides, flags)
+        _check_overrides(hyperparameters, overrides)
+        now = {**values, **overrides}
+        flags = hyperparameters.fixed_flags(now)
+        if active_fields(rule, hyperparameters, flags) != fields:
+            raise ValueError(f"{overrides} would change which arrays the state has; set it where {name} is made")
         slots = unpack(treedef, state)
         step = state.step + 1
-        hypers = _per_leaf(hyperparameters, {**values, **overrides}, params, state.step)
+        hypers = _per_leaf(hyperparameters, now, params, state.step)
         scalars = {id(hyper): rule.scalars(step, hyper) for hyper in {id(h): h for h in hypers}.values()}
         for index, (param, grad) in enumerate(zip(leaves, grad_leaves, strict=True)):
             if grad is not None:
@@ -163,16 +167,12 @@ def _check(hyperparameters: Hyperparameters, key: str, value: Any) -> None:
         kind.check(key, value)
 
 
-def _check_overrides(hyperparameters: Hyperparameters, overrides: Mapping[str, Any], flags: Any) -> None:
+def _check_overrides(hyperparameters: Hyperparameters, overrides: Mapping[str, Any]) -> None:
     for key, value in overrides.items():
         if key not in hyperparameters.numeric:
             raise TypeError(
                 f"update() got an unexpected keyword argument {key!r}: only numeric hyperparameters can be overridden, "
                 f"which are {', '.join(hyperparameters.numeric)}"
-            )
-        if getattr(flags, key, True) is False:
-            raise ValueError(
-                f"{key}={value} cannot be switched on for one update: it was 0 when this algorithm was made"
             )
         _check(hyperparameters, key, value)
 

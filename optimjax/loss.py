@@ -14,9 +14,9 @@ import numpy as np
 from jax import Array
 
 from optimjax.parameter import Parameter, VariableParameter, is_nnx, nnx
-from optimjax.rule import Rule, apply
+from optimjax.step import Updates, update_each
 
-__all__ = ["Call", "Updates", "capture", "update_from_loss", "value_and_grad"]
+__all__ = ["Call", "capture", "update_from_loss", "value_and_grad"]
 
 
 class Cut(NamedTuple):
@@ -141,29 +141,6 @@ def value_and_grad(
     loss, aux, changed, grads = _evaluate(loss_fn, cut, has_aux, differentiated, traced)
     total = [grad if old is None else old + grad for grad, old in zip(grads, accumulated, strict=True)]
     return loss, aux, changed, total
-
-
-class Updates(NamedTuple):
-    """The static side of updating a list of parameters: one entry each."""
-
-    rule: Rule
-    scalars: Any  # the NamedTuple type of the rule's scalars
-    flags: tuple[Any, ...]
-    rows: tuple[int, ...]  # which of the rows of scalars
-
-
-def update_each(updates: Updates, params: Any, grads: Any, slots: Any, rows: Any) -> tuple[list[Any], list[Array]]:
-    """New slots and new parameters.
-
-    The slots come first, for JAX gives donated memory to the first outputs that fit: in the other order the
-    parameters would take it, and every slot would be copied.
-    """
-    scalars = [updates.scalars(*row) for row in rows]
-    results = [
-        apply(updates.rule, flags, param, grad, slot, scalars[row])
-        for flags, row, param, grad, slot in zip(updates.flags, updates.rows, params, grads, slots, strict=True)
-    ]
-    return [slot for _, slot in results], [param for param, _ in results]
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "cut", "updates"), donate_argnames="slots")

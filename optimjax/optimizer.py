@@ -7,21 +7,21 @@ precision, and enter as one small array.
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.core import Tracer
 
 from optimjax import state_dict as _state_dict
 from optimjax.hooks import Hooks, RemovableHandle, global_hooks
 from optimjax.lift import active_fields
-from optimjax.loss import Updates, capture, update_each, update_from_loss, value_and_grad
+from optimjax.loss import capture, update_from_loss, value_and_grad
 from optimjax.parameter import ModuleSource, Parameter, Source, source_of
 from optimjax.rule import Hyperparameters, Rule
+from optimjax.step import Bucket, Job, Kept, ParameterState, buckets, pack, update_bucket, updates_of
 from optimjax.tree import check_gradient
 
 __all__ = [
@@ -30,69 +30,6 @@ __all__ = [
     "register_optimizer_step_post_hook",
     "register_optimizer_step_pre_hook",
 ]
-
-BUCKET = 32  # parameters of equal shape that one program updates; see docs/architecture.md for the measurement
-
-
-class ParameterState(MutableMapping[str, Any]):
-    """What the optimizer keeps for one parameter: arrays by name, and ``step``.
-
-    A step donates the arrays to the compiled program, which updates them in place. Arrays that were read through this
-    mapping may be in the user's hands, so the next step works on copies of them: an array once read stays valid.
-    """
-
-    __slots__ = ("_values", "owned")
-
-    def __init__(self, values: Mapping[str, Any] = {}):
-        self._values = dict(values)
-        self.owned = False  # whether nobody else can hold the arrays
-
-    def __getitem__(self, name: str) -> Any:
-        self.owned = False
-        return self._values[name]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self.owned = False
-        self._values[name] = value
-
-    def __delitem__(self, name: str) -> None:
-        del self._values[name]
-
-    def __iter__(self) -> Any:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "ParameterState":
-        return ParameterState(dict(self))  # the arrays are immutable; reading them marked them as shared
-
-    def __reduce__(self) -> Any:
-        return ParameterState, (dict(self),)
-
-    def peek(self, name: str) -> Any:
-        """The entry, for the optimizer's own use; ``None`` if absent."""
-        return self._values.get(name)
-
-    def replace(self, values: Mapping[str, Any]) -> None:
-        """Store what a step has just computed and nobody else has seen."""
-        self._values.update(values)
-        self.owned = True
-
-
-class _Job(NamedTuple):
-    """One parameter's share of a step."""
-
-    parameter: Parameter
-    grad: Any
-    state: ParameterState
-    slots: Any
-    scalars: Any
-    flags: Any
-    step: int
 
 
 class Optimizer:
@@ -140,6 +77,8 @@ class Optimizer:
         # For lr_scheduler: whether one is attached, whether step() has been called since, whether a state was loaded.
         self._scheduled = self._step_called = self._loaded = False
         self._in_step = False
+        self._last_kind: list[Any] = []
+        self._last_buckets: list[Bucket] = []
         self._check(defaults, "")
 
         if isinstance(params, Parameter):
@@ -210,7 +149,7 @@ class Optimizer:
         if self.rule is not None and self.rule.eager:
             hyper, flags = self._resolve(group, where)
             for box in group["params"]:
-                self.state[box].replace(self._initial_state(box, hyper, flags))
+                self.state[box].kept = self._prepared(box, {}, hyper, flags)
 
     def _check(self, values: Mapping[str, Any], where: str) -> None:
         for name, value in values.items():
@@ -342,84 +281,93 @@ class Optimizer:
         ]
 
     def _update(self, pairs: Iterable[tuple[Parameter, Any]]) -> None:
-        grads = {box: grad for box, grad in pairs if grad is not None}
-        for box, grad in grads.items():
-            check_gradient(box.__str__, box, grad)
-        for jobs in _buckets(self._jobs(grads)):
-            slots, params = _update_bucket(
-                _updates(self._rule(), jobs),
-                [job.parameter.value for job in jobs],
-                [job.grad for job in jobs],
-                [job.slots for job in jobs],
-                _rows(jobs),
+        jobs = self._jobs({box: grad for box, grad in pairs if grad is not None})
+        for positions, updates in self._buckets(jobs):
+            bucket = [jobs[position] for position in positions]
+            slots, params = update_bucket(
+                updates,
+                [job.parameter.value for job in bucket],
+                [job.grad for job in bucket],
+                [job.kept.slots for job in bucket],
+                pack(bucket),
             )
             # At once: an interrupt between two buckets must not lose the slots that the first has donated.
-            for job, param, slot in zip(jobs, params, slots, strict=True):
+            for job, param, slot in zip(bucket, params, slots, strict=True):
                 self._commit(job, param, slot)
 
-    def _commit(self, job: _Job, param: Array, slots: Any) -> None:
-        job.parameter.write_updated(param)
-        values = {name: slot for name, slot in zip(slots._fields, slots, strict=True) if slot is not None}
-        if self.rule.counts_steps:  # pyright: ignore[reportOptionalMemberAccess]
-            values["step"] = job.step
-        if values:
-            self.state[job.parameter] = job.state
-            job.state.replace(values)
+    def _buckets(self, jobs: list[Job]) -> list[Bucket]:
+        """The buckets of these jobs, the same as at the last step where the jobs are of the same kind."""
+        key = [(job.parameter.signature(), job.kept.flags, id(job.scalars)) for job in jobs]
+        first = {identity: index for index, identity in enumerate(dict.fromkeys(k[2] for k in key))}
+        kind = [(signature, flags, first[identity]) for signature, flags, identity in key]
+        if kind != self._last_kind:
+            self._last_kind, self._last_buckets = kind, buckets(self._rule(), jobs)
+        return self._last_buckets
 
     def _update_from_loss(self, loss_fn: Callable[..., Any], args: tuple[Any, ...]) -> Array:
         call = self._capture(loss_fn, args)
-        by_box = {job.parameter: job for job in self._jobs(dict.fromkeys(call.boxes, True))}
+        by_box = {job.parameter: job for job in self._jobs(dict(zip(call.boxes, call.differentiated, strict=True)))}
         jobs = [by_box[box] for box in call.boxes]
         slots, params, loss, changed = update_from_loss(
             loss_fn,
             call.cut,
-            _updates(self._rule(), jobs),
+            updates_of(self._rule(), jobs),
             call.differentiated,
             call.traced,
-            [job.slots for job in jobs],
-            _rows(jobs),
+            [job.kept.slots for job in jobs],
+            pack(jobs),
         )
         call.write_back(changed)
         for job, param, slot in zip(jobs, params, slots, strict=True):
             self._commit(job, param, slot)
         return loss
 
-    def _jobs(self, grads: Mapping[Parameter, Any]) -> list[_Job]:
-        """Everything that the step needs, prepared before anything changes."""
+    def _jobs(self, grads: Mapping[Parameter, Any]) -> list[Job]:
+        """Everything that the step needs, checked and prepared before anything changes."""
         rule = self._rule()
         jobs = []
-        absent = dict.fromkeys(rule.slots._fields)
         for index, group in enumerate(self.param_groups):
             hyper, flags = self._resolve(group, f" of param_groups[{index}]")
-            fields = active_fields(rule, self.hyperparameters, flags)
-            scalars: dict[int, Any] = {}  # by step count
+            scalars: dict[int, Any] = {}  # by step
             for box in group["params"]:
                 grad = grads.get(box)
                 if grad is None:
                     continue
+                shape, dtype, _ = box.signature()
+                if getattr(grad, "shape", None) != shape or grad.dtype != dtype:
+                    check_gradient(box.__str__, box, grad)
                 state = self.state.get(box)
                 if state is None:
                     state = ParameterState()
-                values = {name: state.peek(name) for name in fields}
-                step = 2
-                if not state.owned:
-                    values = {name: value if value is None else jnp.copy(value) for name, value in values.items()}
-                if any(value is None for value in values.values()):
-                    initial = self._initial_state(box, hyper, flags)
-                    values = {name: initial[name] if value is None else value for name, value in values.items()}
-                    step = 1
-                if rule.counts_steps:
-                    step = int(state.peek("step") or 0) + 1
+                kept = state.kept
+                if kept is None or kept.flags != flags:
+                    kept = self._prepared(box, state.peek(), hyper, flags)
+                step = kept.step + 1
                 if step not in scalars:
                     row = rule.scalars(step, hyper)
                     scalars[step] = type(row)(*map(_concrete, row))
-                slots = rule.slots(**absent | values)
-                jobs.append(_Job(box, grad, state, slots, scalars[step], flags, step))
+                jobs.append(Job(box, grad, state, kept, scalars[step]))
         return jobs
+
+    def _commit(self, job: Job, param: Array, slots: Any) -> None:
+        job.parameter.write_updated(param)
+        kept = job.kept
+        job.state.kept = Kept(slots, kept.flags, kept.step + 1, kept.counted)
+        if kept.step == 0 and (kept.counted or any(slot is not None for slot in slots)):
+            self.state[job.parameter] = job.state
+
+    def _prepared(self, box: Parameter, values: Mapping[str, Any], hyper: Any, flags: Any) -> Kept:
+        """Slots for a step that may donate them: copies of those that somebody has seen, new ones where absent."""
+        rule = self._rule()
+        initial = rule.init(box.value, hyper, flags)
+        fields = active_fields(rule, self.hyperparameters, flags)
+        slots = initial._replace(**{name: jnp.copy(values[name]) for name in fields if name in values})
+        # Where PyTorch keeps no count, the presence of the slots says whether this is the first update.
+        step = int(values.get("step", 0)) if rule.counts_steps else int(all(name in values for name in fields))
+        return Kept(slots, flags, step, rule.counts_steps)
 
     def _resolve(self, group: Mapping[str, Any], where: str) -> tuple[Any, Any]:
         """The group's hyperparameters as Python numbers, and its flags."""
-        flags = self.hyperparameters.flags(group)
         values = dict(group)
         for name in self.hyperparameters.numeric:
             try:
@@ -427,13 +375,7 @@ class Optimizer:
                 values[name] = tuple(map(_concrete, value)) if isinstance(value, (tuple, list)) else _concrete(value)
             except (TypeError, ValueError, KeyError) as error:
                 raise type(error)(f"{name}{where} is {group.get(name)!r}, which is no number: {error}") from None
-        return self.hyperparameters.hyper(values), flags
-
-    def _initial_state(self, box: Parameter, hyper: Any, flags: Any) -> dict[str, Any]:
-        rule = self._rule()
-        slots = rule.init(box.value, hyper, flags)._asdict()
-        steps = {"step": 0} if rule.counts_steps else {}
-        return steps | {name: slot for name, slot in slots.items() if slot is not None}
+        return self.hyperparameters.hyper(values), self.hyperparameters.flags(group)
 
     def _rule(self) -> Rule:
         if self.rule is None:
@@ -521,39 +463,6 @@ class Optimizer:
 Optimizer.hyperparameters = Hyperparameters(Optimizer, Optimizer)
 
 _DEFAULTS_ONLY = object()  # in place of params: work out the defaults, make no optimizer
-
-
-def _buckets(jobs: list[_Job]) -> list[list[_Job]]:
-    """Jobs that run in one program: up to 32 of equal shape; what is left over of all shapes, up to 32 together.
-
-    Compiling costs by distinct shapes, dispatching by programs, and tracing by parameters.
-    """
-    by_signature: defaultdict[Any, list[_Job]] = defaultdict(list)
-    for job in jobs:
-        by_signature[job.parameter.signature()].append(job)
-    buckets, rest = [], []
-    for equal in by_signature.values():
-        full = len(equal) - len(equal) % BUCKET
-        buckets += [equal[start : start + BUCKET] for start in range(0, full, BUCKET)]
-        rest += equal[full:]
-    return buckets + [rest[start : start + BUCKET] for start in range(0, len(rest), BUCKET)]
-
-
-def _updates(rule: Rule, jobs: list[_Job]) -> Updates:
-    """What is compiled in: structure only. Which row of scalars a job uses goes by group and step, never by values."""
-    position: dict[int, int] = {}
-    rows = tuple(position.setdefault(id(job.scalars), len(position)) for job in jobs)
-    return Updates(rule, type(jobs[0].scalars), tuple(job.flags for job in jobs), rows)
-
-
-def _rows(jobs: list[_Job]) -> np.ndarray:
-    """The scalars, one row for each group and step among the jobs."""
-    return np.array(list({id(job.scalars): job.scalars for job in jobs}.values()))
-
-
-@functools.partial(jax.jit, static_argnames="updates", donate_argnames="slots")
-def _update_bucket(updates: Updates, params: Any, grads: Any, slots: Any, rows: Any) -> tuple[list[Any], list[Array]]:
-    return update_each(updates, params, grads, slots, rows)
 
 
 def _is_list_of_groups(params: Any) -> bool:

@@ -24,7 +24,6 @@ from jax import Array
 from jax.core import Tracer
 
 __all__ = [
-    "AnySwitch",
     "Beta",
     "Betas",
     "Capturable",
@@ -41,6 +40,7 @@ __all__ = [
     "Number",
     "Numeric",
     "Rule",
+    "Skippable",
     "Structural",
     "Switch",
     "apply",
@@ -90,7 +90,9 @@ class Numeric:
       below: the value must be smaller than this.
       label: how PyTorch's message calls it, after "Invalid"; ``"<name> value"`` unless given.
       length: 0 for one number, n for a tuple of n.
-      switch: zero leaves a part of the algorithm out, with its slots (``momentum=0`` keeps no buffer).
+      switch: a plain zero leaves a part of the algorithm out, with its slots (``momentum=0`` keeps no buffer).
+      skip: a plain zero leaves arithmetic out in the functional core. The facade keeps it, for its groups may be
+        edited at any time and that must not recompile.
     """
 
     minimum: float = -math.inf
@@ -98,6 +100,7 @@ class Numeric:
     label: str | None = None
     length: int = 0
     switch: bool = False
+    skip: bool = False
 
     def is_value(self, value: Any) -> bool:
         """Whether this is one value for all parameters, not a tree of values."""
@@ -152,9 +155,9 @@ Number = Annotated[_Value, Numeric()]
 NonNegative = Annotated[_Value, Numeric(minimum=0)]
 LearningRate = Annotated[_Value, Numeric(minimum=0, label="learning rate")]
 Epsilon = Annotated[_Value, Numeric(minimum=0, label="epsilon value")]
-Decay = Annotated[_Value, Numeric(minimum=0)]
+Decay = Annotated[_Value, Numeric(minimum=0, skip=True)]
 Switch = Annotated[_Value, Numeric(minimum=0, switch=True)]
-AnySwitch = Annotated[_Value, Numeric(switch=True)]
+Skippable = Annotated[_Value, Numeric(skip=True)]
 Beta = Annotated[_Value, Numeric(minimum=0, below=1)]
 Betas = Annotated[
     tuple[_Value, _Value] | Mapping[Any, Any],
@@ -187,7 +190,8 @@ class Hyperparameters:
         for base in reversed(cls.__mro__):
             if issubclass(base, root) and base is not root and "__init__" in vars(base):
                 self._read(vars(base)["__init__"])
-        self._switches = tuple(n for n, kind in self.kinds.items() if isinstance(kind, Numeric) and kind.switch)
+        self._switches = tuple(n for n, k in self.kinds.items() if isinstance(k, Numeric) and (k.switch or k.skip))
+        self._skips = {n: True for n, k in self.kinds.items() if isinstance(k, Numeric) and k.skip}
         self._structural = tuple(n for n, kind in self.kinds.items() if isinstance(kind, Structural))
         self.numeric = tuple(n for n, kind in self.kinds.items() if isinstance(kind, Numeric))
         # A tuple with names is hashable (a static argument of a compiled function) and reads as `flags.nesterov`.
@@ -208,18 +212,23 @@ class Hyperparameters:
             if name in values:
                 kind.check(name, values[name])
         if rule is not None and rule.check is not None:
-            rule.check(self.hyper(values), self.flags(values))
+            rule.check(self.hyper(values), self.fixed_flags(values))
 
     def hyper(self, values: Mapping[str, Any]) -> Any:
         """What ``init`` and ``scalars`` of a rule receive."""
         return self._hyper._make(values[name] for name in self._hyper._fields)
 
     def flags(self, values: Mapping[str, Any]) -> Any:
-        """The hashable part: structural values, and for each switch whether it is on (in a tree: anywhere)."""
+        """The hashable part of a group: structural values, and for each switch whether it is on."""
         return self._flags(
-            *(values[name] for name in self._structural),
-            *(any(map(_is_on, jax.tree.leaves(values[name]))) for name in self._switches),
+            *[values[name] for name in self._structural],
+            *[name in self._skips or _is_on(values[name]) for name in self._switches],
         )
+
+    def fixed_flags(self, values: Mapping[str, Any]) -> Any:
+        """The same for values that stay, which may be trees: a switch is on where any leaf is."""
+        on = {name: any(map(_is_on, jax.tree.leaves(values[name]))) for name in self._switches}
+        return self.flags({**values, **on})._replace(**{name: on[name] for name in self._skips})
 
 
 def _kind_of(default: Any) -> Kind:
@@ -271,18 +280,13 @@ def apply(rule: Rule, flags: Any, param: Array, grad: Array, slots: Any, scalars
     """
     if jnp.iscomplexobj(param):
         real, imag = (
-            _apply_real(rule, flags, part(param), part(grad_), jax.tree.map(part, slots), scalars)
-            for part, grad_ in ((jnp.real, grad), (jnp.imag, jnp.conj(grad)))
+            apply(rule, flags, part(param), part(gradient), jax.tree.map(part, slots), scalars)
+            for part, gradient in ((jnp.real, grad), (jnp.imag, jnp.conj(grad)))
         )
         return jax.tree.map(jax.lax.complex, real, imag)
-    return _apply_real(rule, flags, param, grad, slots, scalars)
-
-
-def _apply_real(rule: Rule, flags: Any, param: Array, grad: Array, slots: Any, scalars: Any) -> tuple[Array, Any]:
-    compute = jnp.promote_types(param.dtype, jnp.float32)
+    widen = functools.partial(jnp.asarray, dtype=jnp.promote_types(param.dtype, jnp.float32))
     if getattr(flags, "maximize", False):
         grad = -grad
-    widen = functools.partial(jnp.asarray, dtype=compute)
     new_param, new_slots = rule.update(
         widen(param), widen(grad), jax.tree.map(widen, slots), jax.tree.map(widen, scalars), flags
     )

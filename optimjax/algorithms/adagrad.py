@@ -63,7 +63,8 @@ def scalars(step: Any, hyper: Any) -> Scalars:
 
 def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any) -> tuple[Array, Slots]:
     """One step."""
-    grad = grad + scalars.weight_decay * param
+    if flags.weight_decay:
+        grad = grad + scalars.weight_decay * param
     total = slots.sum + grad * grad
     return param - scalars.lr * (grad / (sqrt(total) + scalars.eps)), Slots(total)
 

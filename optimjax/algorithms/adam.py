@@ -92,9 +92,9 @@ def scalars(step: Any, hyper: Any) -> Scalars:
 
 def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any) -> tuple[Array, Slots]:
     """One step."""
-    if flags.decoupled_weight_decay:
+    if flags.weight_decay and flags.decoupled_weight_decay:
         param = scalars.shrink * param
-    else:
+    elif flags.weight_decay:
         grad = grad + scalars.weight_decay * param
     exp_avg = scalars.beta1 * slots.exp_avg + scalars.one_minus_beta1 * grad
     exp_avg_sq = scalars.beta2 * slots.exp_avg_sq + scalars.one_minus_beta2 * grad * grad

@@ -77,7 +77,8 @@ def scalars(step: Any, hyper: Any) -> Scalars:
 
 def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any) -> tuple[Array, Slots]:
     """One step."""
-    grad = grad + scalars.weight_decay * param
+    if flags.weight_decay:
+        grad = grad + scalars.weight_decay * param
     square_avg = scalars.alpha * slots.square_avg + scalars.one_minus_alpha * grad * grad
     grad_avg, variance = slots.grad_avg, square_avg
     if grad_avg is not None:

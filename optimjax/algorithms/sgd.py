@@ -21,7 +21,7 @@ from jax import Array
 
 from optimjax.lift import factory
 from optimjax.optimizer import Optimizer
-from optimjax.rule import AnySwitch, Decay, Differentiable, Flag, Foreach, Fused, LearningRate, Rule, Switch
+from optimjax.rule import Decay, Differentiable, Flag, Foreach, Fused, LearningRate, Rule, Skippable, Switch
 
 __all__ = ["SGD", "sgd"]
 
@@ -62,7 +62,8 @@ def scalars(step: Any, hyper: Any) -> Scalars:
 
 def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any) -> tuple[Array, Slots]:
     """One step."""
-    grad = grad + scalars.weight_decay * param
+    if flags.weight_decay:
+        grad = grad + scalars.weight_decay * param
     buffer = slots.momentum_buffer
     if buffer is not None:
         buffer = scalars.momentum * buffer + scalars.gain * grad
@@ -110,7 +111,7 @@ class SGD(Optimizer):
         params: Any,
         lr: LearningRate = 1e-3,
         momentum: Switch = 0,
-        dampening: AnySwitch = 0,
+        dampening: Skippable = 0,
         weight_decay: Decay = 0,
         nesterov: Flag = False,
         *,
