@@ -149,7 +149,7 @@ class Optimizer:
         if self.rule is not None and self.rule.eager:
             hyper, flags = self._resolve(group, where)
             for box in group["params"]:
-                self.state[box].kept = self._prepared(box, {}, hyper, flags)
+                self.state[box].kept = self._prepared(box.value, {}, hyper, flags)
 
     def _check(self, values: Mapping[str, Any], where: str) -> None:
         for name, value in values.items():
@@ -286,7 +286,7 @@ class Optimizer:
             bucket = [jobs[position] for position in positions]
             slots, params = update_bucket(
                 updates,
-                [job.parameter.value for job in bucket],
+                [job.value for job in bucket],
                 [job.grad for job in bucket],
                 [job.kept.slots for job in bucket],
                 pack(bucket),
@@ -297,7 +297,7 @@ class Optimizer:
 
     def _buckets(self, jobs: list[Job]) -> list[Bucket]:
         """The buckets of these jobs, the same as at the last step where the jobs are of the same kind."""
-        key = [(job.parameter.signature(), job.kept.flags, id(job.scalars)) for job in jobs]
+        key = [(job.signature, job.kept.flags, id(job.scalars)) for job in jobs]
         first = {identity: index for index, identity in enumerate(dict.fromkeys(k[2] for k in key))}
         kind = [(signature, flags, first[identity]) for signature, flags, identity in key]
         if kind != self._last_kind:
@@ -333,20 +333,21 @@ class Optimizer:
                 grad = grads.get(box)
                 if grad is None:
                     continue
-                shape, dtype, _ = box.signature()
-                if getattr(grad, "shape", None) != shape or grad.dtype != dtype:
-                    check_gradient(box.__str__, box, grad)
+                value = box.value
+                signature = box.signature(value)
+                if getattr(grad, "shape", None) != signature[0] or grad.dtype != signature[1]:
+                    check_gradient(box.__str__, value, grad)
                 state = self.state.get(box)
                 if state is None:
                     state = ParameterState()
                 kept = state.kept
                 if kept is None or kept.flags != flags:
-                    kept = self._prepared(box, state.peek(), hyper, flags)
+                    kept = self._prepared(value, state.peek(), hyper, flags)
                 step = kept.step + 1
                 if step not in scalars:
                     row = rule.scalars(step, hyper)
                     scalars[step] = type(row)(*map(_concrete, row))
-                jobs.append(Job(box, grad, state, kept, scalars[step]))
+                jobs.append(Job(box, value, grad, signature, state, kept, scalars[step]))
         return jobs
 
     def _commit(self, job: Job, param: Array, slots: Any) -> None:
@@ -356,10 +357,10 @@ class Optimizer:
         if kept.step == 0 and (kept.counted or any(slot is not None for slot in slots)):
             self.state[job.parameter] = job.state
 
-    def _prepared(self, box: Parameter, values: Mapping[str, Any], hyper: Any, flags: Any) -> Kept:
+    def _prepared(self, param: Array, values: Mapping[str, Any], hyper: Any, flags: Any) -> Kept:
         """Slots for a step that may donate them: copies of those that somebody has seen, new ones where absent."""
         rule = self._rule()
-        initial = rule.init(box.value, hyper, flags)
+        initial = rule.init(param, hyper, flags)
         fields = active_fields(rule, self.hyperparameters, flags)
         slots = initial._replace(**{name: jnp.copy(values[name]) for name in fields if name in values})
         # Where PyTorch keeps no count, the presence of the slots says whether this is the first update.

@@ -96,9 +96,8 @@ class Parameter:
         """Number of elements."""
         return self.value.size
 
-    def signature(self) -> tuple[Any, ...]:
-        """Shape, dtype and sharding: parameters that agree in it are updated by one compiled program."""
-        value = self.value
+    def signature(self, value: Array) -> tuple[Any, ...]:
+        """Shape, dtype and sharding of the present value: parameters that agree in it compile alike."""
         # An update changes none of the three, so the answer is kept for as long as the step itself wrote the value.
         if self._signature[0] is not value:
             self._signature = (value, (value.shape, value.dtype, getattr(value, "sharding", None)))

@@ -88,7 +88,9 @@ class Job(NamedTuple):
     """One parameter's share of a step."""
 
     parameter: Parameter
+    value: Array
     grad: Any
+    signature: Any  # of the value
     state: ParameterState
     kept: Kept
     scalars: Any  # one object for each group and step
@@ -149,7 +151,7 @@ def buckets(rule: Rule, jobs: Sequence[Job]) -> list[Bucket]:
     """
     equal: defaultdict[Any, list[int]] = defaultdict(list)
     for position, job in enumerate(jobs):
-        equal[job.parameter.signature()].append(position)
+        equal[job.signature].append(position)
     full, rest = [], []
     for positions in equal.values():
         cut = len(positions) - len(positions) % BUCKET
