@@ -1,0 +1,516 @@
+"""State dicts: PyTorch's layout, resuming, matching, misfits that change nothing."""
+
+import copy
+import functools
+import json
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES, Case
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import optimjax as optim
+
+SHAPES = [(3, 2), (3,), (3, 2)]
+NAMES = ("base.kernel", "base.bias", "head.kernel")
+VARIANTS = [pytest.param(case, index, id=f"{case}-{index}") for case in CASES for index in (0, 1)]
+
+
+@functools.cache
+def values(seed: int = 0, dtype: Any = np.float64) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(seed)
+    return tuple(rng.normal(size=shape).astype(dtype) for shape in SHAPES)
+
+
+def grads(step: int, dtype: Any = np.float64) -> tuple[np.ndarray, ...]:
+    return values(1000 + step, dtype)
+
+
+def build(case: Case, index: int = 1, params: Any = None, **options: Any) -> Any:
+    """Two groups, the second with a rate of its own."""
+    a, b, c = map(optim.Parameter, values() if params is None else params)
+    options = {**case.variants()[index], **options}
+    return case.optimizer([{"params": [a, b]}, {"params": [c], "lr": 0.02}], **options)
+
+
+def boxes_of(optimizer: Any) -> list[Any]:
+    return [box for group in optimizer.param_groups for box in group["params"]]
+
+
+def run(optimizer: Any, start: int, stop: int) -> list[np.ndarray]:
+    boxes = boxes_of(optimizer)
+    for step in range(start, stop):
+        for box, grad in zip(boxes, grads(step, boxes[0].dtype), strict=True):
+            box.grad = grad
+        optimizer.step()
+    return [np.asarray(box) for box in boxes]
+
+
+def plain(tree: Any) -> Any:
+    """Comparable with ``==``: arrays become dtype and list."""
+    return jax.tree.map(lambda x: (str(x.dtype), np.asarray(x).tolist()) if hasattr(x, "dtype") else x, tree)
+
+
+def assert_equal(ours: Any, theirs: Any) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# --- Layout ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("case", "index"), VARIANTS)
+def test_layout_is_pytorchs(case: Case, index: int, torch: Any) -> None:
+    ours = build(case, index)
+    tensors = [torch.nn.Parameter(torch.from_numpy(v.copy())) for v in values()]
+    theirs = getattr(torch.optim, case.torch)(
+        [{"params": tensors[:2]}, {"params": tensors[2:], "lr": 0.02}], **case.variants()[index]
+    )
+    for step in range(3):
+        run(ours, step, step + 1)
+        for tensor, grad in zip(tensors, grads(step), strict=True):
+            tensor.grad = torch.from_numpy(grad)
+        theirs.step()
+    saved, expected = ours.state_dict(), theirs.state_dict()
+    assert list(saved) == list(expected)
+    assert saved["param_groups"] == expected["param_groups"]
+    assert [list(group)[-1] for group in saved["param_groups"]] == ["params", "params"]
+    for number in range(3):
+        entries = saved["state"].get(number, {})
+        wanted = {k: v for k, v in expected["state"].get(number, {}).items() if v is not None}
+        assert entries.keys() == wanted.keys()
+        for name, value in entries.items():
+            np.testing.assert_allclose(np.asarray(value), np.asarray(wanted[name]), rtol=1e-12, atol=1e-14)
+
+
+def test_only_parameters_with_state_appear_and_numbers_follow_the_groups() -> None:
+    optimizer = optim.Adam([{"params": [jnp.ones(1), jnp.ones(2)]}, {"params": [jnp.ones(3)]}])
+    assert optimizer.state_dict()["state"] == {}
+    optimizer.step([[None, jnp.ones(2)], [jnp.ones(3)]])
+    saved = optimizer.state_dict()
+    assert list(saved["state"]) == [1, 2]
+    assert [group["params"] for group in saved["param_groups"]] == [[0, 1], [2]]
+
+
+def test_names_are_saved_where_there_are_names() -> None:
+    named = optim.SGD(nnx.Linear(2, 2, rngs=nnx.Rngs(0))).state_dict()["param_groups"][0]
+    assert named["param_names"] == ["bias", "kernel"]
+    assert "param_names" not in optim.SGD([optim.Parameter(1.0)]).state_dict()["param_groups"][0]
+
+
+def test_only_arrays_and_plain_values() -> None:
+    saved = run_adam().state_dict()
+    leaves = jax.tree.leaves(saved)
+    assert all(isinstance(leaf, (jax.Array, int, float, bool, str)) for leaf in leaves)
+    json.dumps(saved["param_groups"])
+
+
+def run_adam(steps: int = 2, **options: Any) -> Any:
+    optimizer = build(CASES[1], 1, values(dtype=np.float32), **options)
+    run(optimizer, 0, steps)
+    return optimizer
+
+
+# --- A snapshot -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("case", "index"), VARIANTS)
+def test_a_state_dict_is_a_snapshot(case: Case, index: int) -> None:
+    optimizer = build(case, index, values(dtype=np.float32))
+    run(optimizer, 0, 2)
+    saved = optimizer.state_dict()
+    before = plain(saved)
+    run(optimizer, 2, 4)
+    optimizer.param_groups[0]["lr"] = 0.9
+    assert plain(saved) == before
+
+
+@pytest.mark.parametrize(("case", "index"), VARIANTS)
+def test_a_loaded_dict_is_left_alone_and_serves_twice(case: Case, index: int) -> None:
+    source = build(case, index, values(dtype=np.float32))
+    run(source, 0, 2)
+    saved = source.state_dict()
+    before = plain(saved)
+    first, second = (build(case, index, source_values(source)) for _ in range(2))
+    first.load_state_dict(saved)
+    expected = run(first, 2, 5)
+    assert plain(saved) == before
+    second.load_state_dict(saved)
+    second.load_state_dict(saved)  # loading twice is loading once
+    assert_equal(run(second, 2, 5), expected)
+    assert_equal(run(source, 2, 5), expected)
+    assert plain(saved) == before
+
+
+def source_values(optimizer: Any) -> list[np.ndarray]:
+    return [np.asarray(box) for box in boxes_of(optimizer)]
+
+
+def test_numpy_arrays_that_were_loaded_may_be_overwritten() -> None:
+    source = run_adam()
+    saved = jax.tree.map(lambda x: np.array(x) if isinstance(x, jax.Array) else x, source.state_dict())
+    other = build(CASES[1], 1, source_values(source))
+    other.load_state_dict(saved)
+    for entries in saved["state"].values():
+        for value in entries.values():
+            if isinstance(value, np.ndarray):
+                value[...] = 0
+    assert_equal(run(other, 2, 4), run(source, 2, 4))
+
+
+# --- Resuming -------------------------------------------------------------------------------------------------------
+
+
+def through_numpy(saved: Any) -> Any:
+    return jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, saved)
+
+
+def through_pickle(saved: Any) -> Any:
+    return pickle.loads(pickle.dumps(saved))
+
+
+def through_json(saved: Any) -> Any:
+    """Keys become strings, tuples lists, arrays lists and back."""
+    dtype = saved["state"][0]["exp_avg"].dtype if "exp_avg" in saved["state"].get(0, {}) else np.float32
+    text = json.dumps(jax.tree.map(lambda x: np.asarray(x).tolist() if isinstance(x, jax.Array) else x, saved))
+    loaded = json.loads(text)
+    for entries in loaded["state"].values():
+        entries.update({k: np.asarray(v, dtype) for k, v in entries.items() if isinstance(v, list)})
+    return loaded
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    index=st.sampled_from([0, 1]),
+    first=st.integers(0, 5),
+    second=st.integers(0, 5),
+    through=st.sampled_from([lambda saved: saved, through_numpy, through_pickle, through_json]),
+)
+def test_resuming_is_bit_for_bit(case: Case, index: int, first: int, second: int, through: Any) -> None:
+    """Saved after any number of steps, loaded into an optimizer made with other options."""
+    whole = build(case, index, values(dtype=np.float32))
+    expected = run(whole, 0, first + second + 2)
+
+    before = build(case, index, values(dtype=np.float32))
+    params = run(before, 0, first)
+    after = build(case, 1 - index, params, lr=0.7)
+    after.load_state_dict(through(before.state_dict()))
+    assert [group["lr"] for group in after.param_groups] == [0.05, 0.02]
+    params = run(after, first, first + second)
+    last = build(case, index, params)
+    last.load_state_dict(through(after.state_dict()))
+    assert_equal(run(last, first + second, first + second + 2), expected)
+    ours, theirs = last.state_dict(), whole.state_dict()
+    assert plain(ours["state"]) == plain(theirs["state"])
+    assert json.dumps(ours["param_groups"]) == json.dumps(theirs["param_groups"])  # JSON has no tuples
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("saved_after", [0, 1, 7])
+@pytest.mark.parametrize(("case", "index"), VARIANTS)
+def test_a_run_of_pytorch_continues(case: Case, index: int, saved_after: int, torch: Any) -> None:
+    tensors = [torch.nn.Parameter(torch.from_numpy(v.copy())) for v in values()]
+    theirs = getattr(torch.optim, case.torch)(
+        [{"params": tensors[:2]}, {"params": tensors[2:], "lr": 0.02}], **case.variants()[index]
+    )
+
+    def run_theirs(start: int, stop: int) -> None:
+        for step in range(start, stop):
+            for tensor, grad in zip(tensors, grads(step), strict=True):
+                tensor.grad = torch.from_numpy(grad)
+            theirs.step()
+
+    run_theirs(0, saved_after)
+    saved = theirs.state_dict()
+    ours = build(case, 0, [t.detach().numpy() for t in tensors], lr=0.7)
+    ours.load_state_dict(saved)
+    run_theirs(saved_after, saved_after + 10)  # PyTorch overwrites its tensors: ours must be copies
+    run(ours, saved_after, saved_after + 10)
+    for box, tensor in zip(boxes_of(ours), tensors, strict=True):
+        np.testing.assert_allclose(box.value, tensor.detach().numpy(), rtol=1e-12, atol=1e-12)
+
+
+def test_bfloat16_tensors_of_pytorch(torch: Any) -> None:
+    tensor = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    theirs = torch.optim.Adam([tensor], lr=0.1)
+    tensor.grad = torch.tensor([0.1, -0.2, 3.0], dtype=torch.bfloat16)
+    theirs.step()
+    ours = optim.Adam([jnp.ones(3, jnp.bfloat16)], lr=0.1)
+    ours.load_state_dict(theirs.state_dict())
+    (state,) = ours.state.values()
+    assert state["step"] == 1
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert state[name].dtype == jnp.bfloat16
+        np.testing.assert_array_equal(
+            np.asarray(state[name], np.float32), theirs.state[tensor][name].to(torch.float32).numpy()
+        )
+    ours.step([jnp.ones(3, jnp.bfloat16)])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+def test_the_saved_dtype_is_kept(dtype: Any) -> None:
+    """PyTorch casts the state to the parameter's dtype on loading, which loses it."""
+    wide = optim.Adam({"w": jnp.ones(3, dtype)}, lr=0.1)
+    wide.step({"w": jnp.full(3, 0.1, dtype)})
+    narrow = optim.Adam({"w": jnp.ones(3, jnp.bfloat16)}, lr=0.1)
+    narrow.load_state_dict(wide.state_dict())
+    for _ in range(2):
+        (state,) = narrow.state.values()
+        assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == dtype
+        narrow.step({"w": jnp.ones(3, jnp.bfloat16)})
+        assert narrow.params["w"].dtype == jnp.bfloat16
+
+
+def test_a_loaded_rate_in_a_tensor_or_array_becomes_a_number(torch: Any) -> None:
+    saved = run_adam().state_dict()
+    for value in (torch.tensor(0.25), np.float32(0.25), np.asarray(0.25)):
+        saved["param_groups"][0]["lr"] = value
+        other = build(CASES[1])
+        other.load_state_dict(saved)
+        assert other.param_groups[0]["lr"] == 0.25
+        assert type(other.param_groups[0]["lr"]) is float
+
+
+def test_hyperparameters_that_the_saved_groups_lack_come_from_the_defaults() -> None:
+    """A state dict of an older version."""
+    saved = run_adam().state_dict()
+    for group in saved["param_groups"]:
+        del group["eps"], group["fused"]
+    other = build(CASES[1], eps=1e-3)
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["eps"] == 1e-3
+    assert other.param_groups[0]["amsgrad"] is True
+
+
+def test_param_groups_and_their_boxes_stay_the_same_objects() -> None:
+    """A scheduler or a script may hold them."""
+    optimizer = run_adam()
+    groups, boxes = list(optimizer.param_groups), boxes_of(optimizer)
+    optimizer.load_state_dict(run_adam(lr=0.3).state_dict())
+    assert all(a is b for a, b in zip(groups, optimizer.param_groups, strict=True))
+    assert all(a is b for a, b in zip(boxes, boxes_of(optimizer), strict=True))
+    assert groups[0]["lr"] == 0.3
+
+
+def test_a_smaller_state_replaces_the_larger() -> None:
+    optimizer = run_adam()
+    optimizer.load_state_dict(build(CASES[1]).state_dict())
+    assert not optimizer.state
+
+
+# --- Matching by name -----------------------------------------------------------------------------------------------
+
+
+def named(order: tuple[int, ...], params: Any = None) -> Any:
+    params = values(dtype=np.float32) if params is None else params
+    return optim.Adam([(NAMES[i], optim.Parameter(params[i])) for i in order], lr=0.1)
+
+
+def step_by_name(optimizer: Any, start: int, stop: int) -> dict[str, np.ndarray]:
+    for step in range(start, stop):
+        gradients = dict(zip(NAMES, grads(step, np.float32), strict=True))
+        optimizer.step({name: gradients[name] for name in optimizer.param_groups[0]["param_names"]})
+    return {name: np.asarray(value) for name, value in optimizer.params.items()}
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_reordered_parameters_are_matched_by_name(order: tuple[int, ...]) -> None:
+    """The first and the last have one shape: by order their moments would swap without a word, as in PyTorch."""
+    source = named((0, 1, 2))
+    params = step_by_name(source, 0, 3)
+    other = named(order, [params[name] for name in NAMES])
+    other.load_state_dict(source.state_dict())
+    assert other.param_groups[0]["param_names"] == [NAMES[i] for i in order]
+    expected, after = step_by_name(source, 3, 6), step_by_name(other, 3, 6)
+    for name in NAMES:
+        np.testing.assert_array_equal(after[name], expected[name])
+
+
+def test_without_names_on_one_side_order_decides() -> None:
+    source = named((0, 1, 2))
+    params = step_by_name(source, 0, 3)
+    other = optim.Adam([optim.Parameter(params[name]) for name in NAMES])
+    other.load_state_dict(source.state_dict())
+    for step in range(3, 6):
+        other.step(list(grads(step, np.float32)))
+    assert_equal(other.params, step_by_name(source, 3, 6).values())
+
+
+def test_a_tree_resumes_from_the_state_of_a_module() -> None:
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    source = optim.Adam(model, lr=0.1)
+    loss = lambda p, x: jnp.sum((x @ p["kernel"] + p["bias"]) ** 2)  # noqa: E731
+    x = jnp.ones((4, 2))
+    source.step(lambda m, x: jnp.sum(m(x) ** 2), x)
+    other = optim.Adam({"kernel": model.kernel[...], "bias": model.bias[...]})
+    other.load_state_dict(source.state_dict())
+    source.step(lambda m, x: jnp.sum(m(x) ** 2), x)
+    other.step(loss, x)
+    np.testing.assert_allclose(other.params["kernel"], model.kernel[...], rtol=1e-6)
+
+
+# --- Misfits --------------------------------------------------------------------------------------------------------
+
+
+def edit(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A misfit made by editing a state dict."""
+
+    def edited(saved: Any) -> Any:
+        change(saved)
+        return saved
+
+    return edited
+
+
+MISFITS = {
+    "no state": (lambda s: {"param_groups": s["param_groups"]}, r"'state' and 'param_groups', got \['param_groups'\]"),
+    "no groups": (lambda s: {"state": s["state"]}, r"got \['state'\]"),
+    "a checkpoint around it": (lambda s: {"optimizer": s}, r"got \['optimizer'\]"),
+    "empty": (lambda s: {}, r"got \[\]"),
+    "a list": (lambda s: [s], "list"),
+    "nothing": (lambda s: None, "None"),
+    "fewer groups": (
+        edit(lambda s: s["param_groups"].pop()),
+        "different number of parameter groups: 1, the optimizer has 2",
+    ),
+    "more groups": (edit(lambda s: s["param_groups"].append(s["param_groups"][0])), "parameter groups: 3"),
+    "fewer parameters": (edit(lambda s: s["param_groups"][0]["params"].pop()), "match the size of optimizer's group"),
+    "more parameters": (
+        edit(lambda s: s["param_groups"][1]["params"].append(3)),
+        "match the size of optimizer's group",
+    ),
+    "a group without params": (edit(lambda s: s["param_groups"][1].pop("params")), "params"),
+    "unknown id": (edit(lambda s: s["state"].update({7: s["state"][0]})), r"none of its groups: \[7\]"),
+    "a shape": (
+        edit(lambda s: s["state"][2].update(exp_avg=np.ones(3))),
+        r"'exp_avg' has shape \(3,\), expected \(3, 2\)",
+    ),
+    "a transposed shape": (edit(lambda s: s["state"][0].update(exp_avg=np.ones((2, 3)))), r"has shape \(2, 3\)"),
+    "an unknown slot": (
+        edit(lambda s: s["state"][2].update(momentum_buffer=np.ones((3, 2)))),
+        "'momentum_buffer', which Adam",
+    ),
+    "a missing slot": (edit(lambda s: s["state"][2].pop("exp_avg_sq")), r"lacks \['exp_avg_sq'\]"),
+    "a slot of a flag": (edit(lambda s: s["state"][2].pop("max_exp_avg_sq")), r"lacks \['max_exp_avg_sq'\]"),
+    "a missing step": (edit(lambda s: s["state"][2].pop("step")), r"lacks \['step'\]"),
+    "only a step": (edit(lambda s: s["state"].update({2: {"step": 3}})), "lacks"),
+    "an illegal value": (edit(lambda s: s["param_groups"][1].update(lr=-1)), "Invalid learning rate: -1"),
+    "a slot that is no array": (edit(lambda s: s["state"][2].update(exp_avg="mean")), "exp_avg"),
+    "a step that is no number": (edit(lambda s: s["state"][2].update(step=np.ones(2))), "step"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), MISFITS.values(), ids=MISFITS)
+def test_a_misfit_raises_and_changes_nothing(change: Callable[[Any], Any], message: str) -> None:
+    saved = copy.deepcopy(run_adam(steps=3, lr=0.3).state_dict())
+    misfit = change(saved)
+    optimizer = run_adam()
+    before = plain(optimizer.state_dict())
+    twin = run_adam()
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(misfit)
+    assert plain(optimizer.state_dict()) == before
+    assert_equal(run(optimizer, 2, 4), run(twin, 2, 4))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("base.kernel", "base.bias", "tail.kernel"), r"missing \['head.kernel'\], unexpected \['tail.kernel'\]"),
+        (("base.kernel", "base.bias", "base.bias"), r"missing \['head.kernel'\]"),
+        (("base.kernel", "base.bias"), "names"),
+    ],
+)
+def test_names_that_disagree(names: Any, message: str) -> None:
+    source = named((0, 1, 2))
+    step_by_name(source, 0, 2)
+    saved = source.state_dict()
+    saved["param_groups"][0]["param_names"] = list(names)
+    optimizer = named((0, 1, 2))
+    before = plain(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved)
+    assert plain(optimizer.state_dict()) == before
+
+
+def test_state_of_another_algorithm() -> None:
+    with pytest.raises(ValueError, match="which SGD does not keep"):
+        build(CASES[0]).load_state_dict(build_and_run(CASES[1]))
+
+
+def build_and_run(case: Case) -> Any:
+    optimizer = build(case, 1, values(dtype=np.float32))
+    run(optimizer, 0, 1)
+    return optimizer.state_dict()
+
+
+# --- Copies ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("case", "index"), VARIANTS)
+def test_a_deep_copy_continues_independently_and_identically(case: Case, index: int) -> None:
+    optimizer = build(case, index, values(dtype=np.float32))
+    run(optimizer, 0, 3)
+    twin = copy.deepcopy(optimizer)
+    before = plain(twin.state_dict()), source_values(twin)
+    expected = run(optimizer, 3, 6)
+    assert plain(twin.state_dict()) == before[0]
+    assert_equal(source_values(twin), before[1])
+    assert_equal(run(twin, 3, 6), expected)
+
+
+def test_a_deep_copy_of_the_optimizer_of_a_module_has_a_module_of_its_own() -> None:
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    loss = lambda m, x: jnp.sum(m(x) ** 2)  # noqa: E731
+    optimizer = optim.Adam(model, lr=0.1)
+    optimizer.step(loss, jnp.ones((4, 2)))
+    twin = copy.deepcopy(optimizer)
+    assert twin.params is not model
+    assert boxes_of(twin) == list(optim.parameters(twin.params))
+    frozen = np.asarray(twin.params.kernel[...])
+    optimizer.step(loss, jnp.ones((4, 2)))
+    np.testing.assert_array_equal(frozen, twin.params.kernel[...])
+    twin.backward(loss, jnp.ones((4, 2)))
+    assert all(box.grad is None for box in optim.parameters(model))
+    twin.step()
+    np.testing.assert_allclose(twin.params.kernel[...], model.kernel[...], rtol=1e-6)
+
+
+@pytest.mark.parametrize("params", [lambda model: model, optim.parameters], ids=["module", "boxes"])
+def test_module_and_optimizer_copied_together_stay_together(params: Any) -> None:
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    loss = lambda m, x: jnp.sum(m(x) ** 2)  # noqa: E731
+    optimizer = optim.Adam(params(model), lr=0.1)
+    optimizer.backward(loss, *([] if optimizer.params is model else [model]), jnp.ones((4, 2)))
+    optimizer.step()
+    other, twin = copy.deepcopy((model, optimizer))
+    assert boxes_of(twin) == list(optim.parameters(other))
+    frozen = np.asarray(model.kernel[...])
+    twin.step()
+    assert not np.array_equal(other.kernel[...], frozen)
+    np.testing.assert_array_equal(model.kernel[...], frozen)
+
+
+def test_a_deep_copy_of_a_tree_optimizer_shows_its_own_params() -> None:
+    optimizer = optim.SGD({"w": jnp.ones(2), "f": jnp.tanh}, lr=0.5)
+    twin = copy.deepcopy(optimizer)
+    optimizer.step({"w": jnp.ones(2), "f": None})
+    np.testing.assert_array_equal(twin.params["w"], [1, 1])
+    twin.step({"w": jnp.full(2, 2.0), "f": None})
+    np.testing.assert_array_equal(twin.params["w"], [0, 0])
+    np.testing.assert_array_equal(optimizer.params["w"], [0.5, 0.5])
+
+
+def test_an_optimizer_pickles() -> None:
+    optimizer = run_adam()
+    twin = pickle.loads(pickle.dumps(optimizer))
+    assert_equal(run(twin, 2, 4), run(optimizer, 2, 4))
