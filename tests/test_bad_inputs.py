@@ -1,0 +1,109 @@
+"""What PyTorch refuses is refused with PyTorch's message, through both faces."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+from cases import CASES, Bad, Case
+
+REFUSED = [
+    pytest.param(case, bad, id=f"{case}-" + ",".join(f"{name}={value}" for name, value in bad.options.items()))
+    for case in CASES
+    for bad in case.bad
+]
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def exactly(message: str) -> str:
+    return f"^{re.escape(message)}$"
+
+
+def add_group(case: Case, options: dict[str, Any]) -> None:
+    optimizer = case.optimizer([jnp.ones(2)])
+    try:
+        optimizer.add_param_group({"params": [jnp.ones(3)], **options})
+    finally:
+        assert [box.shape for box in optimizer.param_groups[0]["params"]] == [(2,)]
+        assert len(optimizer.param_groups) == 1
+        optimizer.step([jnp.ones(2)])  # still works
+
+
+FACES: dict[str, Callable[[Case, dict[str, Any]], Any]] = {
+    "class": lambda case, options: case.optimizer([jnp.ones(2)], **options),
+    "group": lambda case, options: case.optimizer([{"params": [jnp.ones(2)], **options}]),
+    "add_param_group": add_group,
+    "factory": lambda case, options: case.factory(**options),
+}
+faces = pytest.mark.parametrize("make", FACES.values(), ids=FACES)
+
+
+@faces
+@pytest.mark.parametrize(("case", "bad"), REFUSED)
+def test_value_out_of_range(case: Case, bad: Bad, make: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=exactly(bad.message + bad.added)):
+        make(case, dict(bad.options))
+
+
+@pytest.mark.parametrize(("case", "bad"), REFUSED)
+def test_pytorch_says_the_same(torch: Any, case: Case, bad: Bad) -> None:
+    with pytest.raises(ValueError, match=exactly(bad.message)):
+        getattr(torch.optim, case.torch)([torch.ones(2)], **bad.options)
+
+
+@faces
+@every_case
+def test_array_out_of_range(case: Case, make: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=r"^Invalid learning rate: -1\.0$"):
+        make(case, {"lr": jnp.array(-1.0)})
+
+
+@every_case
+def test_override_out_of_range(case: Case) -> None:
+    algorithm = case.factory()
+    params = jnp.ones(2)
+    with pytest.raises(ValueError, match=r"^Invalid learning rate: -1\.0$"):
+        algorithm.update(params, params, algorithm.init(params), lr=-1.0)
+
+
+@every_case
+def test_one_bad_leaf_of_a_tree_of_values(case: Case) -> None:
+    with pytest.raises(ValueError, match=r"^Invalid learning rate: -2\.0$"):
+        case.factory(lr={"base": 0.1, "head": -2.0})
+
+
+@faces
+@pytest.mark.parametrize("value", ["fast", None, jnp.ones(2)], ids=["string", "none", "vector"])
+@every_case
+def test_not_a_number(case: Case, make: Callable[..., Any], value: Any) -> None:
+    with pytest.raises(TypeError, match=r"^lr"):
+        make(case, {"lr": value})
+
+
+@faces
+@every_case
+def test_unknown_option(case: Case, make: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match="learning_rate"):
+        make(case, {"learning_rate": 0.1})
+
+
+@faces
+@every_case
+def test_array_for_a_flag(case: Case, make: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match=r"^maximize decides what is compiled"):
+        make(case, {"maximize": jnp.array(True)})
+
+
+@faces
+@pytest.mark.parametrize("betas", [0.9, (0.9,), (0.9, 0.99, 0.999), (0.9, "x")], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if "betas" in case.other], ids=str)
+def test_betas_that_are_no_pair(case: Case, make: Callable[..., Any], betas: Any) -> None:
+    with pytest.raises(TypeError, match=r"^betas"):
+        make(case, {"betas": betas})
+
+
+@every_case
+def test_schedules_belong_to_the_functional_core(case: Case) -> None:
+    with pytest.raises(TypeError, match=r"^lr must be a number, .*schedules belong to optim.functional"):
+        case.optimizer([jnp.ones(2)], lr=lambda count: 0.1)

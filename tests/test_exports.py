@@ -1,0 +1,70 @@
+"""What the package exports, the table of cases and PyTorch's signatures agree."""
+
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+from cases import CASES, Case
+
+import optimjax as optim
+from optimjax import algorithms
+from optimjax import functional as F
+
+MODULES = [
+    importlib.import_module(f"{algorithms.__name__}.{m.name}") for m in pkgutil.iter_modules(algorithms.__path__)
+]
+EXPORTS = [(name, getattr(module, name)) for module in MODULES for name in module.__all__]
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def arguments(function: Any) -> list[tuple[str, Any, Any]]:
+    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+@pytest.mark.parametrize(("name", "value"), EXPORTS, ids=[name for name, _ in EXPORTS])
+def test_every_algorithm_is_exported_tested_and_documented(name: str, value: Any) -> None:
+    package = optim if isinstance(value, type) else F
+    assert getattr(package, name) is value
+    assert name in package.__all__
+    assert value in [tested for case in CASES for tested in (case.optimizer, case.factory)]
+    assert inspect.getdoc(value)
+    if isinstance(value, type):
+        assert ">>>" in (value.__doc__ or "")
+
+
+def test_every_case_is_of_an_exported_algorithm() -> None:
+    exported = [value for _, value in EXPORTS]
+    assert all(case.optimizer in exported and case.factory in exported for case in CASES)
+
+
+@pytest.mark.parametrize("package", [optim, F], ids=lambda package: package.__name__)
+def test_all_names_what_is_there(package: Any) -> None:
+    assert len(set(package.__all__)) == len(package.__all__)
+    assert [name for name in package.__all__ if not hasattr(package, name)] == []
+
+
+@every_case
+def test_signature_is_pytorchs(torch: Any, case: Case) -> None:
+    assert arguments(case.optimizer) == arguments(getattr(torch.optim, case.torch))
+
+
+@every_case
+def test_factory_takes_what_the_class_takes(case: Case) -> None:
+    assert arguments(case.factory) == arguments(case.optimizer)[1:]
+    assert case.factory.__name__ == case.optimizer.__name__.lower()
+
+
+@every_case
+def test_the_case_covers_every_option(case: Case) -> None:
+    options = {name for name, _, _ in arguments(case.factory)}
+    assert options == case.other.keys() | case.ignored.keys()
+    assert case.other.keys().isdisjoint(case.ignored)
+
+
+@every_case
+def test_defaults_are_the_options(case: Case) -> None:
+    optimizer = case.optimizer([jnp.ones(1)])
+    assert {name: default for name, _, default in arguments(case.factory)}.items() <= optimizer.defaults.items()

@@ -1,0 +1,340 @@
+"""The functional core under JAX's transformations: hyperparameters of every form, errors, state as data."""
+
+import copy
+import pickle
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES, Case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optimjax import functional as F
+
+every_case = pytest.mark.parametrize(
+    ("case", "options"), [pytest.param(case, case.variants()[1], id=str(case)) for case in CASES]
+)
+numeric = pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        pytest.param(case, name, id=f"{case}-{name}")
+        for case in CASES
+        for name, value in case.other.items()
+        if not isinstance(value, bool)
+    ],
+)
+PARAMS = {
+    "base": {"kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "bias": jnp.array([0.1, 0.2])},
+    "head": jnp.array(1.0),
+}
+
+
+def loss(params: Any) -> Any:
+    return sum(jnp.sum((leaf - 0.3) ** 4) for leaf in jax.tree.leaves(params))
+
+
+def train(algorithm: F.Algorithm, params: Any, steps: int = 4, **overrides: Any) -> Any:
+    """A few steps down the loss in one traced loop."""
+
+    def step(carry: Any, _: Any) -> Any:
+        params, state = carry
+        return algorithm.update(params, jax.grad(loss)(params), state, **overrides), None
+
+    return jax.lax.scan(step, (params, algorithm.init(params)), length=steps)[0]
+
+
+def train_eagerly(algorithm: F.Algorithm, params: Any, steps: int = 4) -> Any:
+    state = algorithm.init(params)
+    for _ in range(steps):
+        params, state = algorithm.update(params, jax.grad(loss)(params), state)
+    return params, state
+
+
+def options_with(case: Case, name: str) -> dict[str, Any]:
+    """Options under which the hyperparameter has an effect, with a value that is not the default."""
+    return {**case.base, **case.needs.get(name, {}), name: case.other[name]}
+
+
+# --- hyperparameters ------------------------------------------------------------------------------------------------
+
+
+@numeric
+def test_prefix_equals_separate_runs(case: Case, name: str) -> None:
+    options = options_with(case, name)
+    values = [options[name], jax.tree.map(lambda v: v * 0.5, options[name])]
+    prefix = case.factory(**{**options, name: {"base": values[0], "head": values[1]}})
+    params, state = train(prefix, PARAMS)
+    for part, value in zip(("base", "head"), values, strict=True):
+        alone, alone_state = train(case.factory(**{**options, name: value}), PARAMS[part])
+        chex.assert_trees_all_close(params[part], alone, rtol=1e-6)
+        for field in state._fields[1:]:
+            chex.assert_trees_all_close(getattr(state, field)[part], getattr(alone_state, field), rtol=1e-5)
+
+
+def test_prefix_of_another_structure() -> None:
+    with pytest.raises(ValueError, match=r"^lr must be one value or a tree that is a prefix of the parameters"):
+        F.sgd(lr={"base": 0.1, "tail": 0.1}).init(PARAMS)
+
+
+@numeric
+def test_schedule_is_evaluated_at_the_updates_done(case: Case, name: str) -> None:
+    options = options_with(case, name)
+
+    def at(count: Any) -> Any:
+        return jax.tree.map(lambda v: v / (1 + count), options[name])
+
+    first = options[name]
+    schedule: Any = lambda count: first / (1 + count)  # noqa: E731
+    if isinstance(first, tuple):
+        schedule = tuple(lambda count, v=v: v / (1 + count) for v in first)
+    scheduled = case.factory(**{**options, name: schedule})
+    params = expected = PARAMS
+    state = expected_state = scheduled.init(params)
+    for count in range(3):
+        grads = jax.grad(loss)(params)
+        params, state = scheduled.update(params, grads, state)
+        now = case.factory(**{**options, name: at(count)})
+        expected, expected_state = now.update(expected, grads, expected_state)
+    chex.assert_trees_all_close((params, state), (expected, expected_state), rtol=1e-5)
+
+
+def test_a_schedule_sees_the_count_of_updates_done() -> None:
+    seen = []
+    sgd = F.sgd(lr=lambda count: seen.append(int(count)) or 0.1)
+    train_eagerly(sgd, {"w": jnp.ones(2)}, steps=3)
+    assert seen[-3:] == [0, 1, 2]
+
+
+@numeric
+def test_override_is_for_one_call(case: Case, name: str) -> None:
+    options = options_with(case, name)
+    value = jax.tree.map(lambda v: v * 0.5, options[name])
+    algorithm, other = case.factory(**options), case.factory(**{**options, name: value})
+    grads = jax.grad(loss)(PARAMS)
+    first = other.update(PARAMS, grads, algorithm.init(PARAMS))
+    ours = algorithm.update(PARAMS, grads, algorithm.init(PARAMS), **{name: value})
+    chex.assert_trees_all_equal(ours, first)
+    chex.assert_trees_all_equal(algorithm.update(*swap(ours, grads)), algorithm.update(*swap(first, grads)))
+
+
+def swap(result: tuple[Any, Any], grads: Any) -> tuple[Any, Any, Any]:
+    return result[0], grads, result[1]
+
+
+@every_case
+def test_what_cannot_be_overridden(case: Case, options: dict[str, Any]) -> None:
+    algorithm = case.factory(**options)
+    state = algorithm.init(PARAMS)
+    for name in ("learning_rate", *(name for name, value in case.other.items() if isinstance(value, bool))):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            algorithm.update(PARAMS, PARAMS, state, **{name: True})
+
+
+@numeric
+def test_override_of_a_default(case: Case, name: str) -> None:
+    options = {**case.base, **case.needs.get(name, {})}
+    algorithm, other = case.factory(**options), case.factory(**{**options, name: case.other[name]})
+    grads, state = jax.grad(loss)(PARAMS), algorithm.init(PARAMS)
+    if state._fields == other.init(PARAMS)._fields:
+        ours = algorithm.update(PARAMS, grads, state, **{name: case.other[name]})
+        chex.assert_trees_all_equal(ours, other.update(PARAMS, grads, state))
+    else:
+        with pytest.raises(ValueError, match=rf"'{name}': 0\.9.* would change which arrays the state has"):
+            algorithm.update(PARAMS, grads, state, **{name: case.other[name]})
+
+
+@every_case
+def test_vmap_over_the_learning_rate_equals_a_loop(case: Case, options: dict[str, Any]) -> None:
+    rates = jnp.array([0.01, 0.05, 0.1])
+    together = jax.vmap(lambda lr: train(case.factory(**{**options, "lr": lr}), PARAMS))(rates)
+    for index, lr in enumerate(rates):
+        alone = train(case.factory(**{**options, "lr": lr}), PARAMS)
+        chex.assert_trees_all_close(jax.tree.map(lambda x, i=index: x[i], together), alone, rtol=1e-5, atol=1e-7)
+
+
+@every_case
+def test_vmap_over_parameters_and_state_equals_a_loop(case: Case, options: dict[str, Any]) -> None:
+    algorithm = case.factory(**options)
+    starts = jax.tree.map(lambda p: jnp.stack([p, p + 1, p * 2]), PARAMS)
+    together = jax.vmap(lambda params: train(algorithm, params))(starts)
+    for index in range(3):
+        alone = train(algorithm, jax.tree.map(lambda p, i=index: p[i], starts))
+        chex.assert_trees_all_close(jax.tree.map(lambda x, i=index: x[i], together), alone, rtol=1e-5, atol=1e-7)
+
+
+# --- differentiating through updates --------------------------------------------------------------------------------
+
+
+@every_case
+def test_derivative_by_the_learning_rate(x64: None, case: Case, options: dict[str, Any]) -> None:
+    params = jax.tree.map(lambda p: p.astype(jnp.float64), PARAMS)
+
+    @jax.jit
+    def final_loss(lr: Any) -> Any:
+        return loss(train(case.factory(**{**options, "lr": lr}), params)[0])
+
+    h = 1e-6
+    numeric = (final_loss(0.05 + h) - final_loss(0.05 - h)) / (2 * h)
+    assert abs(numeric) > 1e-3
+    np.testing.assert_allclose(jax.grad(final_loss)(0.05), numeric, rtol=1e-5)
+
+
+@every_case
+def test_derivatives_stay_finite_with_zero_gradients(case: Case, options: dict[str, Any]) -> None:
+    names = [name for name, value in case.other.items() if not isinstance(value, bool) and name in options]
+    algorithm = case.factory(**options)
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+
+    def final_loss(params: Any, overrides: Any) -> Any:
+        state = algorithm.init(params)
+        for _ in range(3):
+            params, state = algorithm.update(params, zeros, state, **overrides)
+        return loss(params)
+
+    overrides = {name: jax.tree.map(jnp.asarray, options[name]) for name in names}
+    chex.assert_tree_all_finite(jax.jit(jax.grad(final_loss, argnums=(0, 1)))(PARAMS, overrides))
+
+
+def test_every_adam_hyperparameter_is_differentiable_at_zero_gradients() -> None:
+    def final_loss(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> Any:
+        adam = F.adam(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        params, state = jnp.zeros(2), adam.init(jnp.zeros(2))
+        for _ in range(2):
+            params, state = adam.update(params, jnp.zeros(2), state)
+        return loss(params)
+
+    chex.assert_tree_all_finite(jax.jit(jax.grad(final_loss, argnums=(0, 1, 2, 3)))(0.1, (0.9, 0.999), 1e-8, 0.1))
+
+
+# --- complex parameters ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_complex_parameters_follow_jax_grad(case: Case) -> None:
+    target = jnp.array([1.0 + 2.0j, -1.0 - 0.5j])
+    distance = jax.grad(lambda z: jnp.sum(jnp.abs(z - target) ** 2))
+    algorithm = case.factory(**case.base)
+    start = jnp.zeros(2, jnp.complex64)
+
+    def step(carry: Any, _: Any) -> Any:
+        return algorithm.update(carry[0], distance(carry[0]), carry[1]), None
+
+    (z, _), _ = jax.lax.scan(step, (start, algorithm.init(start)), length=2000)
+    # A conjugated gradient would drive the imaginary part away; 0.05 is the learning rate.
+    np.testing.assert_allclose(z, target, atol=0.06)
+
+
+# --- eager, scanned, compiled ---------------------------------------------------------------------------------------
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(index=st.integers(0, len(CASES) - 1), steps=st.integers(0, 5), scale=st.floats(0.1, 10))
+def test_scan_equals_eager_steps(index: int, steps: int, scale: float) -> None:
+    case = CASES[index]
+    algorithm = case.factory(**{**case.variants()[1], "lr": 1e-3})
+    params = jax.tree.map(lambda p: p * scale, PARAMS)
+    chex.assert_trees_all_close(
+        train(algorithm, params, steps), train_eagerly(algorithm, params, steps), rtol=1e-4, atol=1e-6
+    )
+
+
+@every_case
+def test_order_of_dict_keys_does_not_matter(case: Case, options: dict[str, Any]) -> None:
+    algorithm = case.factory(**options)
+    params = {"a": jnp.array(1.0), "b": jnp.array([2.0])}
+    grads = {"a": jnp.array(-1.0), "b": jnp.array([3.0])}
+    expected = algorithm.update(params, grads, algorithm.init(params))
+    reverse = lambda tree: dict(reversed(tree.items()))  # noqa: E731
+    chex.assert_trees_all_equal(algorithm.update(params, reverse(grads), algorithm.init(reverse(params))), expected)
+    ours = algorithm.update(reverse(params), grads, algorithm.init(params))
+    chex.assert_trees_all_equal(ours, expected)
+
+
+@every_case
+def test_update_needs_no_temporary_copies(case: Case, options: dict[str, Any]) -> None:
+    algorithm = case.factory(**options)
+    params = {"w": jnp.zeros(1_000_000)}
+    update = jax.jit(algorithm.update, donate_argnums=(0, 2))
+    memory = update.lower(params, params, algorithm.init(params)).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.01 * params["w"].nbytes
+
+
+# --- state as data --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state))], ids=["deepcopy", "pickle"]
+)
+@every_case
+def test_state_can_be_copied(case: Case, options: dict[str, Any], duplicate: Any) -> None:
+    algorithm = case.factory(**options)
+    params, state = train_eagerly(algorithm, PARAMS, 2)
+    again = duplicate(state)
+    assert type(again) is type(state)
+    chex.assert_trees_all_equal(algorithm.update(params, PARAMS, again), algorithm.update(params, PARAMS, state))
+
+
+def test_state_of_another_algorithm() -> None:
+    with pytest.raises(TypeError, match=r"state must be the AdamState\('step', 'exp_avg', 'exp_avg_sq'\).*SGDState"):
+        F.adam().update(PARAMS, PARAMS, F.sgd().init(PARAMS))
+    with pytest.raises(TypeError, match=r"state must be the AdamState.*got AdamState.*max_exp_avg_sq"):
+        F.adam().update(PARAMS, PARAMS, F.adam(amsgrad=True).init(PARAMS))
+
+
+# --- trees that do not fit ------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_gradients_of_another_structure(case: Case, options: dict[str, Any]) -> None:
+    algorithm = case.factory(**options)
+    state = algorithm.init(PARAMS)
+    with pytest.raises(ValueError, match=r"base\.bias"):
+        algorithm.update(PARAMS, {"base": {"kernel": PARAMS["base"]["kernel"]}, "head": PARAMS["head"]}, state)
+    with pytest.raises(ValueError, match=r"unexpected \['tail'\]"):
+        algorithm.update(PARAMS, {**PARAMS, "tail": jnp.ones(2)}, state)
+
+
+@pytest.mark.parametrize(
+    ("grad", "error", "message"),
+    [
+        (jnp.ones((2, 1)), ValueError, r"'base\.bias' has shape \(2, 1\), the parameter has \(2,\)"),
+        (jnp.ones(()), ValueError, r"'base\.bias' has shape \(\), the parameter has \(2,\)"),
+        (jnp.ones(2, jnp.int32), TypeError, r"'base\.bias' is int32"),
+        (jnp.ones(2, bool), TypeError, r"'base\.bias' is bool"),
+        (jnp.ones(2, jnp.complex64), TypeError, r"'base\.bias' is complex64, the parameter is real \(float32\)"),
+        ("ones", TypeError, r"'base\.bias' must be an array or None, got str"),
+    ],
+    ids=["shape", "broadcast", "integer", "bool", "complex", "string"],
+)
+@every_case
+def test_gradient_of_another_kind(
+    case: Case, options: dict[str, Any], grad: Any, error: type[Exception], message: str
+) -> None:
+    algorithm = case.factory(**options)
+    grads = {**PARAMS, "base": {**PARAMS["base"], "bias": grad}}
+    with pytest.raises(error, match=message):
+        algorithm.update(PARAMS, grads, algorithm.init(PARAMS))
+
+
+@every_case
+def test_parameters_that_are_no_floats(case: Case, options: dict[str, Any]) -> None:
+    algorithm = case.factory(**options)
+    with pytest.raises(TypeError, match=r"'embedding\.ids' is a int32 array"):
+        algorithm.init({"embedding": {"ids": jnp.arange(3), "table": jnp.ones(3)}})
+
+
+def test_a_gradient_of_another_floating_dtype_is_cast() -> None:
+    adam = F.adam(lr=0.1)
+    params = {"w": jnp.ones(3)}
+    ours, state = adam.update(params, {"w": jnp.ones(3, jnp.bfloat16)}, adam.init(params))
+    chex.assert_trees_all_equal((ours, state), adam.update(params, {"w": jnp.ones(3)}, adam.init(params)))
+
+
+def test_state_that_does_not_belong_to_the_parameters() -> None:
+    adam = F.adam()
+    with pytest.raises(ValueError, match=r"head|base"):
+        adam.update(PARAMS, PARAMS, adam.init(PARAMS["base"]))
