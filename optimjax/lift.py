@@ -161,7 +161,7 @@ def _check(hyperparameters: Hyperparameters, key: str, value: Any) -> None:
     """Check every value of a hyperparameter that may be a tree of values."""
     kind = hyperparameters.kinds.get(key)
     if isinstance(kind, Numeric):
-        for leaf in jax.tree.leaves(value, is_leaf=kind.is_value):
+        for leaf in jax.tree.leaves(value, is_leaf=lambda x: x is None or kind.is_value(x)):
             kind.check(key, leaf)
     elif kind is not None:
         kind.check(key, value)

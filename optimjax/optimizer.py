@@ -7,7 +7,7 @@ precision, and enter as one small array.
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -86,6 +86,8 @@ class Optimizer:
                 "params argument given to the optimizer should be an iterable of Parameters or dicts, "
                 f"but got a single {params!r}: put it in a list"
             )
+        if isinstance(params, Iterator):  # of boxes, or of groups
+            params = list(params)
         groups = params if _is_list_of_groups(params) else None
         self._grouped = groups is not None
         if not (isinstance(params, (list, tuple)) and not params):
@@ -406,6 +408,8 @@ class Optimizer:
           ValueError: another number of groups or of parameters, other names or shapes, state that this optimizer does
             not keep. Nothing has changed then.
         """
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"a state dict is a dict, got {type(state_dict).__name__}: {state_dict!r}")
         state_dict = self._hooks.replace("load_state_dict_pre", self, dict(state_dict))
         _state_dict.load(self, state_dict)
         self._loaded = True
@@ -454,11 +458,17 @@ class Optimizer:
         return self._hooks.add("load_state_dict_post", hook, prepend)
 
     def __repr__(self) -> str:
-        lines = [f"{type(self).__name__} ("]
+        text = f"{type(self).__name__} ("
         for index, group in enumerate(self.param_groups):
-            lines.append(f"Parameter Group {index}")
-            lines.extend(f"    {key}: {group[key]}" for key in sorted(group) if key not in ("params", "param_names"))
-        return "\n".join([*lines, ")"])
+            text += f"\nParameter Group {index}\n"
+            text += "".join(
+                f"    {key}: {group[key]}\n" for key in sorted(group) if key not in ("params", "param_names")
+            )
+        return text + ")"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was remembered of the last step names devices, which do not pickle.
+        return vars(self) | {"_last_kind": [], "_last_buckets": []}
 
 
 Optimizer.hyperparameters = Hyperparameters(Optimizer, Optimizer)

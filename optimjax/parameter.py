@@ -5,6 +5,7 @@ Three kinds of things can be handed in, each a *source*: a pytree (:class:`TreeS
 (``optimizer.params``) and brings gradients of that view into the order of the boxes.
 """
 
+import copy
 import operator
 import sys
 import weakref
@@ -116,6 +117,8 @@ class Parameter:
             raise TypeError(f"value of parameter {str(self)!r} must keep dtype {self.dtype}, got {array.dtype}")
         return array
 
+    __array_priority__ = 100  # `numpy_array @ box` is the box's business
+
     def __jax_array__(self) -> Array:
         return self.value
 
@@ -141,10 +144,10 @@ class Parameter:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Parameter":
         # The arrays are immutable, so the copy may share them.
-        copy = Parameter(self.value, name=self.name, requires_grad=self.requires_grad)
-        copy._grad = self._grad
-        memo[id(self)] = copy
-        return copy
+        twin = Parameter(self.value, name=self.name, requires_grad=self.requires_grad)
+        twin._grad = self._grad
+        memo[id(self)] = twin
+        return twin
 
     def __reduce__(self) -> Any:
         return _restore_parameter, (self.value, self.name, self.requires_grad, self._grad)
@@ -213,12 +216,13 @@ def _floating(value: Any, name: str | None) -> Array:
 class VariableParameter(Parameter):
     """A box bound to a ``flax.nnx`` variable: reading and writing reach into the module."""
 
-    __slots__ = ("variable",)
+    __slots__ = ("root", "variable")
 
-    def __init__(self, variable: Any, name: str):
+    def __init__(self, variable: Any, name: str, root: Any = None):
         super().__init__(variable.get_value(), name=name)
         del self._value  # the variable has it
         self.variable = variable
+        self.root = weakref.ref(root) if root is not None else lambda: None  # of the path that is the name
 
     @property
     def value(self) -> Array:
@@ -234,13 +238,19 @@ class VariableParameter(Parameter):
         self.variable.set_value(value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "VariableParameter":
-        import copy
+        # The copy belongs to the copy of the module: the one made in the same deepcopy, if there is one.
+        root = self.root()
+        if root is not None:
+            copied = _module_parameters(copy.deepcopy(root, memo))
+            for (_, box), (_, twin) in zip(_module_parameters(root), copied, strict=True):
+                memo[id(box)] = twin._like(box)
+        if id(self) not in memo:
+            memo[id(self)] = VariableParameter(self.variable.copy(), str(self))._like(self)
+        return memo[id(self)]
 
-        # Bound to the copy of the variable, which is the same object that a copied module holds.
-        box = VariableParameter(copy.deepcopy(self.variable, memo), self.name or "")
-        box._grad, box.requires_grad = self._grad, self.requires_grad
-        memo[id(self)] = box
-        return box
+    def _like(self, other: Parameter) -> "VariableParameter":
+        self._grad, self.requires_grad = other.grad, other.requires_grad
+        return self
 
     def __reduce__(self) -> Any:
         return _restore_variable_parameter, (self.variable, self.name, self.requires_grad, self._grad)
@@ -274,10 +284,12 @@ _boxes: "weakref.WeakValueDictionary[int, VariableParameter]" = weakref.WeakValu
 _keepers: "weakref.WeakKeyDictionary[Any, dict[int, VariableParameter]]" = weakref.WeakKeyDictionary()
 
 
-def _box_of(variable: Any, name: str, owner: Any) -> VariableParameter:
+def _box_of(variable: Any, name: str, root: Any, owner: Any) -> VariableParameter:
     box = _boxes.get(id(variable))
     if box is None:
-        box = _boxes[id(variable)] = VariableParameter(variable, name)
+        box = _boxes[id(variable)] = VariableParameter(variable, name, root)
+    elif name.count(".") > str(box).count("."):  # seen before from inside: the whole path is the better name
+        box.name, box.root = name, weakref.ref(root)
     _keepers.setdefault(owner, {})[id(variable)] = box
     return box
 
@@ -289,7 +301,7 @@ def _module_parameters(module: Any) -> Iterator[tuple[str, VariableParameter]]:
     for path, variable in flax_nnx.to_flat_state(flax_nnx.state(module, flax_nnx.Param)):
         owner = next(nodes[path[:end]] for end in range(len(path), -1, -1) if path[:end] in nodes)
         if is_inexact_array(variable.get_value()):
-            yield ".".join(map(str, path)), _box_of(variable, ".".join(map(str, path)), owner)
+            yield ".".join(map(str, path)), _box_of(variable, ".".join(map(str, path)), module, owner)
 
 
 def named_parameters(module: Any) -> Iterator[tuple[str, Parameter]]:
@@ -393,7 +405,7 @@ class ModuleSource(Source):
     def gradients(self, grads: Any) -> list[Any]:
         """See :meth:`Source.gradients`; takes what ``nnx.grad`` returns."""
         leaves, treedef = jax.tree.flatten(grads)
-        if treedef != self._treedef:  # the first time, and whenever a gradient is missing
+        if self._treedef is None or treedef != self._treedef:  # the first time, and whenever a gradient is missing
             leaves = self._by_name(grads)
             if all(leaf is not None for leaf in leaves):
                 self._treedef, self._order = treedef, _order(jax.tree.leaves(grads), leaves)

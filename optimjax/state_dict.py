@@ -36,9 +36,8 @@ def load(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
 
     Parameters are matched by name where both sides have names, else by order.
     """
-    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
-        got = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
-        raise ValueError(f"a state dict has the keys 'state' and 'param_groups', got {got}")
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(f"a state dict has the keys 'state' and 'param_groups', got {sorted(map(str, state_dict))}")
     saved_groups = list(state_dict["param_groups"])
     if len(saved_groups) != len(optimizer.param_groups):
         raise ValueError(
@@ -48,6 +47,8 @@ def load(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
     groups, state, known = [], {}, set()
     for index, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
         where = f" of param_groups[{index}]"
+        if "params" not in saved:
+            raise ValueError(f"loaded state dict has no 'params' in param_groups[{index}], only {sorted(saved)}")
         if len(saved["params"]) != len(group["params"]):
             raise ValueError(
                 "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
@@ -95,23 +96,32 @@ def _matched(group: Mapping[str, Any], saved: Mapping[str, Any], where: str) -> 
 
 def _entries(optimizer: "Optimizer", box: Parameter, saved: Mapping[str, Any], shapes: Any) -> dict[str, Any]:
     """The state of one parameter, as arrays of the saved dtype."""
-    entries = {name: _array(value, box) for name, value in saved.items() if value is not None}
+    entries = {}
+    for name, value in saved.items():
+        if value is not None:
+            try:
+                entries[name] = int(np.asarray(value)) if name == "step" else _array(value, box)
+            except (TypeError, ValueError) as error:
+                what = "a number" if name == "step" else "an array"
+                message = f"loaded state of parameter {str(box)!r}: {name!r} is {value!r}, which is not {what}: {error}"
+                raise ValueError(message) from None
     if shapes is None:  # an optimizer with a step of its own keeps what it likes
         return entries
     expected = shapes(box)
     for name, value in entries.items():
-        if name == "step":
-            entries[name] = int(np.asarray(value))
-        elif name not in expected:
+        if name == "step" and optimizer._rule().counts_steps:
+            continue
+        if name not in expected:
             raise ValueError(
                 f"loaded state of parameter {str(box)!r} has {name!r}, which {type(optimizer).__name__} does not keep"
             )
-        elif expected[name] is not None and value.shape != expected[name]:
+        if expected[name] is not None and value.shape != expected[name]:
             raise ValueError(
                 f"loaded state of parameter {str(box)!r}: {name!r} has shape {value.shape}, expected {expected[name]}"
             )
-    absent = [name for name, shape in expected.items() if shape is not None and name not in entries]
-    if absent and len(entries) > ("step" in entries):
+    wanted = [name for name, shape in expected.items() if shape is not None]
+    absent = [name for name in ["step"] * optimizer._rule().counts_steps + wanted if name not in entries]
+    if entries and absent:
         raise ValueError(f"loaded state of parameter {str(box)!r} lacks {absent}")
     return entries
 

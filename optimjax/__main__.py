@@ -1,0 +1,74 @@
+"""The command line: ``python -m optimjax demo``."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from optimjax import __version__
+
+EXTRAS = ("matplotlib", "rich", "sklearn")  # what the extra [demo] installs, by import name
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the arguments, run the command and return its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m optimjax", description="torch.optim for JAX.")
+    parser.add_argument("--version", action="version", version=f"optimjax {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    demo = commands.add_parser(
+        "demo",
+        help="train on the handwritten digits and compare optimizers",
+        description="Train one small classifier on the handwritten digits with four optimizers and compare them.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument("--epochs", type=_at_least(1), default=30, help="passes over the training images")
+    demo.add_argument("--out", type=_picture, default=Path("demo.png"), help="where the picture goes, a .png file")
+    demo.add_argument("--seed", type=_at_least(0), default=0, help="of the initial weights and the batches")
+    demo.set_defaults(run=_demo)
+    options = parser.parse_args(arguments)
+    return options.run(options)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    try:
+        from optimjax import demo
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        print(f'The demo needs {package}, which is not installed: pip install "optimjax[demo]"', file=sys.stderr)
+        return 1
+    demo.run(options.epochs, options.seed, options.out)
+    return 0
+
+
+def _at_least(minimum: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+        if number < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {number}")
+        return number
+
+    return parse
+
+
+def _picture(text: str) -> Path:
+    """A path that can be written: better to hear of it before the training than after."""
+    path = Path(text)
+    if path.suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"must end in .png, got {text!r}")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a directory")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no directory {str(path.parent)!r}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} is not writable")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())
