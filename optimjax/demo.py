@@ -210,7 +210,7 @@ def _figure(results: dict[str, Result], batches_per_epoch: int) -> Figure:
         top.semilogy(epochs[window - 1 :], smooth, color=colour, linewidth=2, label=label)
         bottom.plot(epochs, result.factors, color="#444444", linewidth=2)
     top.set(title="One classifier of handwritten digits, four optimizers", ylabel="training loss (cross entropy)")
-    top.legend(title="Thin: each batch. Thick: mean of the last epoch.", frameon=False)
+    top.legend(title="Thin: each batch. Thick: running mean.", frameon=False, alignment="left")
     bottom.set(xlabel="epoch", ylabel="learning rate / peak", ylim=(0, 1.08))
     for axes in (top, bottom):
         axes.grid(alpha=0.25)
