@@ -29,6 +29,7 @@ def warm_up(epoch: int) -> float:
 
 CASES: dict[str, Callable[[Any], Callable[..., Any]]] = {
     "lambda": lambda m: functools.partial(m.LambdaLR, lr_lambda=warm_up),
+    "lambda of numpy numbers": lambda m: functools.partial(m.LambdaLR, lr_lambda=lambda e: np.float64(0.97) ** e),
     "step": lambda m: functools.partial(m.StepLR, step_size=7),
     "step gamma": lambda m: functools.partial(m.StepLR, step_size=1, gamma=0.993),
     "multi-step": lambda m: functools.partial(m.MultiStepLR, milestones=[3, 50, 50, 120], gamma=0.3),

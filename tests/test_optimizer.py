@@ -668,6 +668,21 @@ def test_a_rate_in_an_array_does_not_recompile_either(compilations: Any) -> None
     assert compilations() == before
 
 
+def test_differing_step_counts_do_not_recompile(compilations: Any) -> None:
+    """Experts of a mixture: each step another few get gradients. The number of parameters decides, not their counts."""
+    rng = np.random.default_rng(0)
+    optimizer = optim.Adam([jnp.ones(4) for _ in range(6)], lr=0.1)
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            optimizer.step([jnp.ones(4) if rng.random() < 0.6 else None for _ in range(6)])
+
+    run(30)
+    before = compilations()
+    run(30)
+    assert compilations() - before <= 1  # a number of gradients that had not come up
+
+
 def test_a_new_optimizer_of_the_same_shapes_compiles_nothing(compilations: Any) -> None:
     def run() -> None:
         optimizer = optim.Adam([jnp.ones(7), jnp.ones(7)], lr=0.1)
