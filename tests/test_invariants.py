@@ -52,17 +52,18 @@ class Pair(NamedTuple):
     right: Any
 
 
+# Both are made by NumPy: op by op, JAX would compile each operation for each shape and dtype.
 def params_of(dtype: Any) -> dict[str, Any]:
     """A tree of every kind of node, with a scalar and an empty array among its leaves."""
-    vector = jnp.array([0.5, -1.0, 2.0], dtype)
-    scalar, empty = jnp.array(1.5, dtype), jnp.zeros((0, 2), dtype)
-    return {"b": [vector, (scalar, empty)], "a": Pair(vector - 1, {"w": vector * 2})}
+    vector = np.array([0.5, -1.0, 2.0])
+    tree = {"b": [vector, (np.array(1.5), np.zeros((0, 2)))], "a": Pair(vector - 1, {"w": vector * 2})}
+    return jax.tree.map(lambda p: jnp.asarray(p.astype(dtype)), tree)
 
 
 def grads_of(params: Any, step: int = 0) -> Any:
     """Gradients that shrink from step to step, so that amsgrad matters; some elements are zero."""
     return jax.tree.map(
-        lambda p: ((1 - jnp.arange(p.size).reshape(p.shape)) / (1 + step) ** 2).astype(p.dtype),
+        lambda p: jnp.asarray(((1 - np.arange(p.size).reshape(p.shape)) / (1 + step) ** 2).astype(p.dtype)),
         params,
     )
 
