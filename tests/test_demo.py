@@ -38,7 +38,7 @@ def test_every_optimizer_learns():
         seen = []
         result = demo.train(make_optimizer, data, epochs=4, seed=0, report=seen.append)
         assert result.test_accuracy > 0.9, name
-        assert result.final_loss < 0.1 * result.losses[0], name
+        assert result.final_loss < 0.15 * result.losses[0], name
         assert seen == result.losses
         assert 0 < result.ms_per_step < 1000
         assert result.factors[0] < 1 == max(result.factors)

@@ -1,0 +1,57 @@
+# `make` lists the commands. Each works alone, in a fresh clone, with nothing but Python (3.11 or newer), git and make.
+
+PYTHON ?= python3
+# A newer Python, if there is one, gets the newest JAX: the tests that need no PyTorch run on it too.
+NEWEST ?= $(shell for python in python3.13 $(HOME)/.pyenv/versions/3.13*/bin/python; do \
+	$$python -c '' 2>/dev/null && echo $$python && break; done)
+
+BIN := .venv/bin
+PYTEST := -m pytest -q -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check newest lint format bench clean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/demo ## train on the handwritten digits and compare optimizers
+	$(BIN)/python -m optimjax demo
+
+test: lint check newest ## everything that CI checks
+
+check: .venv/test
+	$(BIN)/python $(PYTEST)
+
+newest: $(if $(NEWEST),.venv-newest/test)
+	$(if $(NEWEST),.venv-newest/bin/python $(PYTEST),@echo "No Python 3.13 here: the pass on the newest JAX is left out.")
+
+lint: .venv/test ## formatting, lint and types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/pyright
+
+format: .venv/test ## format, and mend what the linter can mend
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench: .venv/test ## time a step beside optax and PyTorch
+	$(BIN)/python benchmarks/step.py
+
+clean: ## remove the virtual environments and caches
+	rm -rf .venv .venv-newest .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps say which extras are installed; they are made anew when pyproject.toml changes.
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "optimjax needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }  # a half-made one would pass for a whole one
+
+.venv/demo .venv/test: .venv/%: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	@touch $@
+
+.venv-newest/test: pyproject.toml
+	$(NEWEST) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --editable '.[test-without-torch]'
+	@touch $@
