@@ -10,6 +10,7 @@ Differs from PyTorch:
 2. A group added to the optimizer later is scheduled from the learning rate that it was added with.
 """
 
+import copy
 import math
 import types
 import warnings
@@ -62,29 +63,30 @@ class LRScheduler:
         self.base_lrs: list[Rate] = []
         if not optimizer._scheduled:  # steps before the first scheduler do not count for the warning below
             optimizer._scheduled, optimizer._step_called = True, False
-        before = self._rates()
         self._step_count = 0
         self._is_initial = True
         self.step()
         self._is_initial = False
-        # For `load_state_dict`: the rates that the optimizer had loaded, and those that the first step put there.
-        self._built = (before if optimizer._loaded else None, self._rates())
+        optimizer._built_rates = self._rates()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the optimizer, as plain Python values where the learning rates are."""
-        return {key: value for key, value in vars(self).items() if key not in ("optimizer", "_built")}
+        return {key: _snapshot(value) for key, value in vars(self).items() if key != "optimizer"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned.
 
-        Learning rates that nobody has touched since the scheduler was built become those of the saved run.
+        Learning rates that building a scheduler has overwritten, and nobody has touched since, become those that the
+        optimizer had loaded before, or, if it has loaded nothing, those of the saved run.
         """
-        vars(self).update(state_dict)
-        loaded, built = self._built
-        for index, group in enumerate(self.optimizer.param_groups[: len(built)]):
-            if group["lr"] is built[index] or group["lr"] == built[index]:
-                self._write(group, self._last_lr[index] if loaded is None else loaded[index])
-        self._built = (loaded, self._rates())
+        vars(self).update({key: _snapshot(value) for key, value in state_dict.items()})
+        built = self.optimizer._built_rates
+        rates = self.optimizer._loaded_rates or self._last_lr
+        for group, old, rate in zip(self.optimizer.param_groups, built or (), rates, strict=False):
+            if group["lr"] is old or group["lr"] == old:
+                self._write(group, rate)
+        if built is not None:
+            self.optimizer._built_rates = self._rates()
 
     def get_last_lr(self) -> list[Rate]:
         """The learning rates that the last step set, one for each group."""
@@ -108,9 +110,6 @@ class LRScheduler:
                 UserWarning,
                 stacklevel=2,
             )
-        self._step_count += 1
-        for group in self.optimizer.param_groups[len(self.base_lrs) :]:
-            self.base_lrs.append(group.setdefault("initial_lr", group["lr"]))
         if epoch is not None:
             warnings.warn(
                 "The epoch parameter in `scheduler.step()` is deprecated. Please use `scheduler.step()` to step the "
@@ -118,13 +117,18 @@ class LRScheduler:
                 UserWarning,
                 stacklevel=2,
             )
-            self.last_epoch = epoch
-        else:
-            self.last_epoch += 1
+        before = self.last_epoch, self._step_count
+        for group in self.optimizer.param_groups[len(self.base_lrs) :]:
+            self.base_lrs.append(group.setdefault("initial_lr", group["lr"]))
+        self._step_count += 1
+        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
         self._get_lr_called_within_step = True
         try:
             closed_form = getattr(self, "_get_closed_form_lr", None)
             rates = self.get_lr() if epoch is None or closed_form is None else closed_form()
+        except BaseException:
+            self.last_epoch, self._step_count = before
+            raise
         finally:
             self._get_lr_called_within_step = False
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
@@ -146,6 +150,11 @@ class LRScheduler:
                 UserWarning,
                 stacklevel=3,
             )
+
+
+def _snapshot(value: Any) -> Any:
+    """A state dict and a scheduler must not share what either may change."""
+    return copy.copy(value) if isinstance(value, (list, dict)) else value
 
 
 class LambdaLR(LRScheduler):

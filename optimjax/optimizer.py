@@ -74,8 +74,11 @@ class Optimizer:
         self.param_groups: list[dict[str, Any]] = []
         self._hooks = Hooks()
         self._sources: list[Source] = []
-        # For lr_scheduler: whether one is attached, whether step() has been called since, whether a state was loaded.
-        self._scheduled = self._step_called = self._loaded = False
+        # For lr_scheduler: whether one is attached and step() has been called since; the learning rates of the last
+        # loaded state, and those that building a scheduler has put in their place.
+        self._scheduled = self._step_called = False
+        self._loaded_rates: list[Any] | None = None
+        self._built_rates: list[Any] | None = None
         self._in_step = False
         self._last_kind: list[Any] = []
         self._last_buckets: list[Bucket] = []
@@ -412,7 +415,7 @@ class Optimizer:
             raise ValueError(f"a state dict is a dict, got {type(state_dict).__name__}: {state_dict!r}")
         state_dict = self._hooks.replace("load_state_dict_pre", self, dict(state_dict))
         _state_dict.load(self, state_dict)
-        self._loaded = True
+        self._loaded_rates, self._built_rates = [group.get("lr") for group in self.param_groups], None
         self._hooks.notify("load_state_dict_post", self)
 
     def _slot_shapes(self, group: Mapping[str, Any], where: str) -> Callable[[Parameter], dict[str, Any]] | None:
