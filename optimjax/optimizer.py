@@ -21,7 +21,7 @@ from optimjax.lift import active_fields
 from optimjax.loss import capture, update_from_loss, value_and_grad
 from optimjax.parameter import ModuleSource, Parameter, Source, source_of
 from optimjax.rule import Hyperparameters, Rule
-from optimjax.step import Bucket, Job, Kept, ParameterState, buckets, pack, update_bucket, updates_of
+from optimjax.step import Bucket, Job, Kept, ParameterState, bounded_buckets, buckets, pack, update_bucket, updates_of
 from optimjax.tree import check_gradient
 
 __all__ = [
@@ -30,6 +30,9 @@ __all__ = [
     "register_optimizer_step_post_hook",
     "register_optimizer_step_pre_hook",
 ]
+
+
+PATTERNS = 8  # of present gradients, for which an optimizer compiles the fastest programs
 
 
 class Optimizer:
@@ -80,8 +83,7 @@ class Optimizer:
         self._loaded_rates: list[Any] | None = None
         self._built_rates: list[Any] | None = None
         self._in_step = False
-        self._last_kind: list[Any] = []
-        self._last_buckets: list[Bucket] = []
+        self._patterns: list[tuple[Any, list[Bucket]]] = []
         self._check(defaults, "")
 
         if isinstance(params, Parameter):
@@ -294,33 +296,42 @@ class Optimizer:
                 [job.value for job in bucket],
                 [job.grad for job in bucket],
                 [job.kept.slots for job in bucket],
-                pack(bucket),
+                pack(updates, bucket),
             )
             # At once: an interrupt between two buckets must not lose the slots that the first has donated.
             for job, param, slot in zip(bucket, params, slots, strict=True):
                 self._commit(job, param, slot)
 
     def _buckets(self, jobs: list[Job]) -> list[Bucket]:
-        """The buckets of these jobs, the same as at the last step where the jobs are of the same kind."""
+        """The buckets of these jobs, remembered for the patterns met first.
+
+        Each pattern of present gradients compiles programs of its own. Where the patterns do not end (routing,
+        stochastic depth), later ones use programs of which there are only so many.
+        """
         key = [(job.signature, job.kept.flags, id(job.scalars)) for job in jobs]
         first = {identity: index for index, identity in enumerate(dict.fromkeys(k[2] for k in key))}
-        kind = [(signature, flags, first[identity]) for signature, flags, identity in key]
-        if kind != self._last_kind:
-            self._last_kind, self._last_buckets = kind, buckets(self._rule(), jobs)
-        return self._last_buckets
+        pattern = [(signature, flags, first[identity]) for signature, flags, identity in key]
+        for known, known_buckets in self._patterns:
+            if pattern == known:
+                return known_buckets
+        if len(self._patterns) == PATTERNS:
+            return bounded_buckets(self._rule(), jobs)
+        self._patterns.append((pattern, buckets(self._rule(), jobs)))
+        return self._patterns[-1][1]
 
     def _update_from_loss(self, loss_fn: Callable[..., Any], args: tuple[Any, ...]) -> Array:
         call = self._capture(loss_fn, args)
         by_box = {job.parameter: job for job in self._jobs(dict(zip(call.boxes, call.differentiated, strict=True)))}
         jobs = [by_box[box] for box in call.boxes]
+        updates = updates_of(self._rule(), jobs)
         slots, params, loss, changed = update_from_loss(
             loss_fn,
             call.cut,
-            updates_of(self._rule(), jobs),
+            updates,
             call.differentiated,
             call.traced,
             [job.kept.slots for job in jobs],
-            pack(jobs),
+            pack(updates, jobs),
         )
         call.write_back(changed)
         for job, param, slot in zip(jobs, params, slots, strict=True):
@@ -330,7 +341,8 @@ class Optimizer:
     def _jobs(self, grads: Mapping[Parameter, Any]) -> list[Job]:
         """Everything that the step needs, checked and prepared before anything changes."""
         rule = self._rule()
-        jobs = []
+        jobs: list[Job] = []
+        uneven = False
         for index, group in enumerate(self.param_groups):
             hyper, flags = self._resolve(group, f" of param_groups[{index}]")
             scalars: dict[int, Any] = {}  # by step
@@ -353,6 +365,9 @@ class Optimizer:
                     row = rule.scalars(step, hyper)
                     scalars[step] = type(row)(*map(_concrete, row))
                 jobs.append(Job(box, value, grad, signature, state, kept, scalars[step]))
+            uneven |= len(scalars) > 1
+        if uneven:  # a row for each job, or every pattern of step counts would be another program
+            jobs = [job._replace(scalars=job.scalars._replace()) for job in jobs]
         return jobs
 
     def _commit(self, job: Job, param: Array, slots: Any) -> None:
@@ -470,8 +485,8 @@ class Optimizer:
         return text + ")"
 
     def __getstate__(self) -> dict[str, Any]:
-        # What was remembered of the last step names devices, which do not pickle.
-        return vars(self) | {"_last_kind": [], "_last_buckets": []}
+        # What was remembered of steps names devices, which do not pickle.
+        return vars(self) | {"_patterns": []}
 
 
 Optimizer.hyperparameters = Hyperparameters(Optimizer, Optimizer)
@@ -480,8 +495,12 @@ _DEFAULTS_ONLY = object()  # in place of params: work out the defaults, make no 
 
 
 def _is_list_of_groups(params: Any) -> bool:
-    groups = isinstance(params, (list, tuple)) and bool(params)
-    return groups and all(isinstance(group, dict) and "params" in group for group in params)
+    if not isinstance(params, (list, tuple)) or not params or not all(isinstance(group, dict) for group in params):
+        return False
+    without = [index for index, group in enumerate(params) if "params" not in group]
+    if without and len(without) < len(params):
+        raise ValueError(f"param_groups[{without[0]}] has no 'params', only {list(params[without[0]])}")
+    return not without
 
 
 def _concrete(value: Any) -> Any:

@@ -204,7 +204,10 @@ jax.tree_util.register_pytree_node(Parameter, _flatten, _unflatten)
 
 
 def _floating(value: Any, name: str | None) -> Array:
-    array = jnp.asarray(value.value if isinstance(value, Parameter) else value)
+    try:
+        array = jnp.asarray(_value(value))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"parameter {name or ''!r} must be a floating array, got {value!r}") from error
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         raise TypeError(f"parameter {name or ''!r} must be a floating array, got {array.dtype}: {value!r}")
     return array

@@ -54,11 +54,13 @@ def load(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
                 "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
                 f"{len(saved['params'])} parameters, the optimizer has {len(group['params'])}{where}"
             )
-        merged = {**optimizer.defaults, **{key: _plain(value) for key, value in saved.items()}}
+        merged = {
+            **optimizer.defaults,
+            **{key: _plain(value, optimizer.defaults.get(key)) for key, value in saved.items()},
+        }
         merged["params"] = list(group["params"])
         if "param_names" in group:
             merged["param_names"] = list(group["param_names"])
-        optimizer._check(merged, where)
         groups.append(merged)
         shapes = optimizer._slot_shapes(merged, where)
         for box, saved_id in zip(group["params"], _matched(group, saved, where), strict=True):
@@ -139,8 +141,10 @@ def _array(value: Any, box: Parameter) -> Any:
     return array
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, default: Any) -> Any:
     """Undo what checkpointers and other frameworks do to plain Python values in groups."""
+    if isinstance(default, tuple) and isinstance(value, list):
+        return tuple(_plain(item, None) for item in value)
     if hasattr(value, "detach"):
         value = value.detach().cpu().numpy()
     if isinstance(value, (np.generic, np.ndarray)) and np.ndim(value) == 0:

@@ -15,8 +15,10 @@ from optimjax.rule import Rule, apply
 __all__ = [
     "Bucket",
     "Job",
+    "Kept",
     "ParameterState",
     "Updates",
+    "bounded_buckets",
     "buckets",
     "pack",
     "update_bucket",
@@ -105,16 +107,17 @@ class Updates(NamedTuple):
     rows: tuple[int, ...]  # which row of scalars: by group and step, never by their values
 
 
-def updates_of(rule: Rule, jobs: Sequence[Job]) -> Updates:
-    """The static side of these jobs."""
+def updates_of(rule: Rule, jobs: Sequence[Job], share_rows: bool = True) -> Updates:
+    """The static side of these jobs; those of one group and step share a row of scalars, or each has its own."""
     position: dict[int, int] = {}
-    rows = tuple(position.setdefault(id(job.scalars), len(position)) for job in jobs)
-    return Updates(rule, type(jobs[0].scalars), tuple(job.kept.flags for job in jobs), rows)
+    rows = [position.setdefault(id(job.scalars), len(position)) for job in jobs] if share_rows else range(len(jobs))
+    return Updates(rule, type(jobs[0].scalars), tuple(job.kept.flags for job in jobs), tuple(rows))
 
 
-def pack(jobs: Sequence[Job]) -> Any:
-    """The scalars, one row for each group and step among the jobs."""
-    rows = list({id(job.scalars): job.scalars for job in jobs}.values())
+def pack(updates: Updates, jobs: Sequence[Job]) -> Any:
+    """The rows of scalars, as one array."""
+    by_row = {row: job.scalars for row, job in zip(updates.rows, jobs, strict=True)}
+    rows = [by_row[row] for row in range(len(by_row))]
     if any(isinstance(scalar, jax.Array) for row in rows for scalar in row):  # tracers: the facade inside a `jit`
         return [list(row) for row in rows]
     return np.array(rows)
@@ -149,13 +152,32 @@ def buckets(rule: Rule, jobs: Sequence[Job]) -> list[Bucket]:
 
     Compiling costs by distinct shapes, dispatching by programs, tracing by parameters.
     """
-    equal: defaultdict[Any, list[int]] = defaultdict(list)
-    for position, job in enumerate(jobs):
-        equal[job.signature].append(position)
     full, rest = [], []
-    for positions in equal.values():
+    for positions in _alike(jobs):
         cut = len(positions) - len(positions) % BUCKET
         full += positions[:cut]
         rest += positions[cut:]
     chunks = [part[start : start + BUCKET] for part in (full, rest) for start in range(0, len(part), BUCKET)]
     return [Bucket(chunk, updates_of(rule, [jobs[position] for position in chunk])) for chunk in chunks]
+
+
+def bounded_buckets(rule: Rule, jobs: Sequence[Job]) -> list[Bucket]:
+    """Jobs of one shape in portions of 32, 16, 8, 4, 2 and 1: six programs for a shape, whoever has a gradient."""
+    result = []
+    for positions in _alike(jobs):
+        size = BUCKET
+        while positions:
+            if len(positions) < size:
+                size //= 2
+                continue
+            chunk, positions = positions[:size], positions[size:]
+            result.append(Bucket(chunk, updates_of(rule, [jobs[p] for p in chunk], share_rows=False)))
+    return result
+
+
+def _alike(jobs: Sequence[Job]) -> list[list[int]]:
+    """Positions of jobs that compile alike, together."""
+    alike: defaultdict[Any, list[int]] = defaultdict(list)
+    for position, job in enumerate(jobs):
+        alike[job.signature, job.kept.flags].append(position)
+    return list(alike.values())

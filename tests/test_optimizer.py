@@ -683,6 +683,23 @@ def test_differing_step_counts_do_not_recompile(compilations: Any) -> None:
     assert compilations() - before <= 1  # a number of gradients that had not come up
 
 
+def test_endless_patterns_of_missing_gradients_stop_compiling(compilations: Any) -> None:
+    """Each pattern of shapes would be a program of its own; after some the optimizer uses programs for any pattern."""
+    rng = np.random.default_rng(1)
+    shapes = [(2, 3), (4,), (), (5, 1)] * 3
+    grads = [jnp.ones(shape) for shape in shapes]
+    optimizer = optim.Adam(grads, lr=0.1)
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            optimizer.step([grad if rng.random() < 0.6 else None for grad in grads])
+
+    run(40)
+    before = compilations()
+    run(30)
+    assert compilations() - before <= 1
+
+
 def test_a_new_optimizer_of_the_same_shapes_compiles_nothing(compilations: Any) -> None:
     def run() -> None:
         optimizer = optim.Adam([jnp.ones(7), jnp.ones(7)], lr=0.1)

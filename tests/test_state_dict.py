@@ -403,7 +403,7 @@ MISFITS = {
     "a slot of a flag": (edit(lambda s: s["state"][2].pop("max_exp_avg_sq")), r"lacks \['max_exp_avg_sq'\]"),
     "a missing step": (edit(lambda s: s["state"][2].pop("step")), r"lacks \['step'\]"),
     "only a step": (edit(lambda s: s["state"].update({2: {"step": 3}})), "lacks"),
-    "an illegal value": (edit(lambda s: s["param_groups"][1].update(lr=-1)), "Invalid learning rate: -1"),
+    "an illegal value": (edit(lambda s: s["param_groups"][1].update(lr="fast")), r"lr of param_groups\[1\] is 'fast'"),
     "a slot that is no array": (edit(lambda s: s["state"][2].update(exp_avg="mean")), "exp_avg"),
     "a step that is no number": (edit(lambda s: s["state"][2].update(step=np.ones(2))), "step"),
 }

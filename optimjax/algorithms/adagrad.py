@@ -66,7 +66,8 @@ def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any
     if flags.weight_decay:
         grad = grad + scalars.weight_decay * param
     total = slots.sum + grad * grad
-    return param - scalars.lr * (grad / (sqrt(total) + scalars.eps)), Slots(total)
+    # In this order XLA does not store the decayed gradient between its two uses.
+    return param - (scalars.lr * grad) / (sqrt(total) + scalars.eps), Slots(total)
 
 
 class Adagrad(Optimizer):

@@ -84,11 +84,12 @@ def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any
     if grad_avg is not None:
         grad_avg = scalars.alpha * grad_avg + scalars.one_minus_alpha * grad
         variance = jnp.maximum(square_avg - grad_avg * grad_avg, 0)
-    step = grad / (sqrt(variance) + scalars.eps)
+    denominator = sqrt(variance) + scalars.eps
     buffer = slots.momentum_buffer
-    if buffer is not None:
-        step = buffer = scalars.momentum * buffer + step
-    return param - scalars.lr * step, Slots(square_avg, buffer, grad_avg)
+    if buffer is None:  # in this order XLA does not store the decayed gradient between its uses
+        return param - (scalars.lr * grad) / denominator, Slots(square_avg, buffer, grad_avg)
+    buffer = scalars.momentum * buffer + grad / denominator
+    return param - scalars.lr * buffer, Slots(square_avg, buffer, grad_avg)
 
 
 class RMSprop(Optimizer):

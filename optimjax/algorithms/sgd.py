@@ -67,7 +67,10 @@ def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any
     buffer = slots.momentum_buffer
     if buffer is not None:
         buffer = scalars.momentum * buffer + scalars.gain * grad
-        grad = grad + scalars.momentum * buffer if flags.nesterov else buffer
+        if flags.nesterov:  # in two terms, for then XLA does not store the decayed gradient between its two uses
+            param = param - scalars.lr * (scalars.momentum * buffer)
+        else:
+            grad = buffer
     return param - scalars.lr * grad, Slots(buffer)
 
 

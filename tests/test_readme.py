@@ -1,0 +1,61 @@
+"""The README's code runs, its commands exist, and its table names everything that is exported."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import optimjax as optim
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def code_blocks():
+    """The Python blocks, each with as many empty lines before it as put a traceback on the README's line."""
+    for match in re.finditer(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL):
+        yield "\n" * README[: match.start(1)].count("\n") + match[1]
+
+
+def test_code_runs(capsys):
+    pytest.importorskip("torch", reason="the README runs the same loop in PyTorch")
+    namespace = {}
+    for block in code_blocks():
+        exec(compile(block, str(ROOT / "README.md"), "exec"), namespace)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in printed[:2]] == ["PyTorch", "optimjax"]
+    assert all(float(line.split(":")[1]) < 1e-3 for line in printed[:2]), printed
+    first, last = re.fullmatch(r"(\S+) -> (\S+) in 300 steps", printed[2]).groups()
+    assert float(last) < 1e-2 * float(first)
+
+
+def test_the_two_loops_pair_line_by_line():
+    torch, jax, *_ = (block.strip().splitlines() for block in code_blocks())
+    assert len(torch) == len(jax)
+    for line in ("    optimizer.zero_grad()", "    optimizer.step()", "    scheduler.step()"):
+        assert torch.index(line) == jax.index(line)
+
+
+def test_commands_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for document in ("README.md", "CONTRIBUTING.md"):
+        commands = re.findall(r"(?:`|^)make ([a-z]+)", (ROOT / document).read_text(), re.MULTILINE)
+        assert commands
+        for command in commands:
+            assert re.search(rf"^{command}:", makefile, re.MULTILINE), command
+
+
+def test_links_lead_somewhere():
+    for document in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / document).read_text()):
+            assert (ROOT / target).exists(), target
+
+
+def test_everything_exported_is_listed():
+    table = README.split("## What is in")[1].split("## Not yet")[0]
+    not_yet = README.split("## Not yet")[1].split("## More")[0]
+    for name in [*optim.__all__, *optim.lr_scheduler.__all__]:
+        value = getattr(optim, name, None) or getattr(optim.lr_scheduler, name)
+        if isinstance(value, type) and issubclass(value, (optim.Optimizer, optim.lr_scheduler.LRScheduler)):
+            assert f"{name}`" in table, name
+        assert f"`{name}`" not in not_yet, name
