@@ -9,7 +9,7 @@ BIN := .venv/bin
 PYTEST := -m pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check newest lint format bench clean
+.PHONY: help demo test check newest lint format docs bench clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,11 +34,14 @@ format: .venv/test ## format, and mend what the linter can mend
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
+docs: .venv/docs ## build the documentation, docs/_build/index.html
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
+
 bench: .venv/test ## time a step beside optax and PyTorch
 	$(BIN)/python benchmarks/step.py
 
 clean: ## remove the virtual environments and caches
-	rm -rf .venv .venv-newest .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest docs/_build .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps say which extras are installed; they are made anew when pyproject.toml changes.
@@ -47,7 +50,7 @@ clean: ## remove the virtual environments and caches
 		{ echo "optimjax needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }  # a half-made one would pass for a whole one
 
-.venv/demo .venv/test: .venv/%: pyproject.toml | .venv/bin/python
+.venv/demo .venv/docs .venv/test: .venv/%: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	@touch $@
 

@@ -1,0 +1,15 @@
+"""Sphinx configuration: `make docs`."""
+
+import optimjax
+
+project = "optimjax"
+author = "The optimjax authors"
+release = optimjax.__version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"optimjax {release}"
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the docstrings say shapes, ranges and meaning
+autodoc_preserve_defaults = True
