@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optimjax.rule import Hyperparameters, Numeric, Rule, apply
+from optimjax.rule import Hyperparameters, Numeric, Rule, apply, initial_slots
 from optimjax.tree import check_gradient, flatten_params, match, names
 
 if TYPE_CHECKING:
@@ -110,7 +110,8 @@ def lift(rule: Rule, hyperparameters: Hyperparameters, values: Mapping[str, Any]
         leaves, treedef = flatten_params(params)
         step = jnp.zeros((), jnp.int32)
         hypers = _per_leaf(hyperparameters, values, params, step)
-        return pack(step, treedef, [rule.init(p, hyper, flags) for p, hyper in zip(leaves, hypers, strict=True)])
+        slots = [initial_slots(rule, param, hyper, flags) for param, hyper in zip(leaves, hypers, strict=True)]
+        return pack(step, treedef, slots)
 
     def update(params: Any, grads: Any, state: Any, **overrides: Any) -> tuple[Any, Any]:
         """One update of every parameter; see :class:`Algorithm`."""

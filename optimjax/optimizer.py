@@ -20,7 +20,7 @@ from optimjax.hooks import Hooks, RemovableHandle, global_hooks
 from optimjax.lift import active_fields
 from optimjax.loss import capture, update_from_loss, value_and_grad
 from optimjax.parameter import ModuleSource, Parameter, Source, source_of
-from optimjax.rule import Hyperparameters, Rule
+from optimjax.rule import Hyperparameters, Rule, initial_slots
 from optimjax.step import Bucket, Job, Kept, ParameterState, bounded_buckets, buckets, pack, update_bucket, updates_of
 from optimjax.tree import check_gradient
 
@@ -380,9 +380,12 @@ class Optimizer:
     def _prepared(self, param: Array, values: Mapping[str, Any], hyper: Any, flags: Any) -> Kept:
         """Slots for a step that may donate them: copies of those that somebody has seen, new ones where absent."""
         rule = self._rule()
-        initial = rule.init(param, hyper, flags)
+        initial = initial_slots(rule, param, hyper, flags)
         fields = active_fields(rule, self.hyperparameters, flags)
-        slots = initial._replace(**{name: jnp.copy(values[name]) for name in fields if name in values})
+        # device_put copies without compiling a copy for each shape, and keeps the sharding.
+        slots = initial._replace(
+            **{name: jax.device_put(values[name], may_alias=False) for name in fields if name in values}
+        )
         # Where PyTorch keeps no count, the presence of the slots says whether this is the first update.
         step = int(values.get("step", 0)) if rule.counts_steps else int(all(name in values for name in fields))
         return Kept(slots, flags, step, rule.counts_steps)

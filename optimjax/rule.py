@@ -45,6 +45,7 @@ __all__ = [
     "Switch",
     "apply",
     "bias_correction",
+    "initial_slots",
     "sqrt",
 ]
 
@@ -265,6 +266,21 @@ def _sqrt_jvp(primals, tangents):
     (x,), (t,) = primals, tangents
     root = sqrt(x)
     return root, jnp.where(x > 0, t / jnp.where(x > 0, 2 * root, 1), 0)
+
+
+def initial_slots(rule: Rule, param: Array, hyper: Any, flags: Any) -> Any:
+    """The slots before the first update, each an array of its own.
+
+    A step updates slots in place, so none may be the parameter itself (an average that starts from it) or another slot.
+    """
+    seen = {id(param)}
+
+    def own(slot: Array) -> Array:
+        slot = jnp.copy(slot) if id(slot) in seen else slot
+        seen.add(id(slot))
+        return slot
+
+    return jax.tree.map(own, rule.init(param, hyper, flags))
 
 
 # --- The one place where a rule's arithmetic is called --------------------------------------------------------------

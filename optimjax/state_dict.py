@@ -47,6 +47,7 @@ def load(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
     groups, state, known = [], {}, set()
     for index, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
         where = f" of param_groups[{index}]"
+        saved = {key: _plain(value, optimizer.defaults.get(key)) for key, value in saved.items()}
         if "params" not in saved:
             raise ValueError(f"loaded state dict has no 'params' in param_groups[{index}], only {sorted(saved)}")
         if len(saved["params"]) != len(group["params"]):
@@ -54,10 +55,7 @@ def load(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
                 "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
                 f"{len(saved['params'])} parameters, the optimizer has {len(group['params'])}{where}"
             )
-        merged = {
-            **optimizer.defaults,
-            **{key: _plain(value, optimizer.defaults.get(key)) for key, value in saved.items()},
-        }
+        merged = {**optimizer.defaults, **saved}
         merged["params"] = list(group["params"])
         if "param_names" in group:
             merged["param_names"] = list(group["param_names"])
@@ -141,10 +139,10 @@ def _array(value: Any, box: Parameter) -> Any:
     return array
 
 
-def _plain(value: Any, default: Any) -> Any:
+def _plain(value: Any, default: Any = None) -> Any:
     """Undo what checkpointers and other frameworks do to plain Python values in groups."""
-    if isinstance(default, tuple) and isinstance(value, list):
-        return tuple(_plain(item, None) for item in value)
+    if isinstance(value, (list, tuple)):
+        return (tuple if isinstance(default, tuple) else type(value))(map(_plain, value))
     if hasattr(value, "detach"):
         value = value.detach().cpu().numpy()
     if isinstance(value, (np.generic, np.ndarray)) and np.ndim(value) == 0:

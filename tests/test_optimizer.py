@@ -968,6 +968,57 @@ class PlainSGD(optim.Optimizer):
         return loss
 
 
+def test_slots_that_start_from_the_parameter_are_arrays_of_their_own() -> None:
+    """The step updates slots in place, and a parameter that a slot starts from may be in other hands."""
+
+    class Slots(NamedTuple):
+        average: Any
+        anchor: Any
+
+    class Scalars(NamedTuple):
+        lr: Any
+
+    def update(param: Any, grad: Any, slots: Any, scalars: Any, flags: Any) -> Any:
+        param = param - scalars.lr * grad
+        return param, Slots(0.5 * slots.average + 0.5 * param, slots.anchor)
+
+    class Averaged(optim.Optimizer):
+        rule = Rule(Slots, lambda p, h, f: Slots(p, p), lambda step, hyper: Scalars(hyper.lr), update)
+
+        def __init__(self, params: Any, lr: float = 1.0) -> None:
+            super().__init__(params, dict(lr=lr))
+
+    start = jnp.array([1.0, 2.0])
+    optimizer = Averaged([start])
+    algorithm = optim.functional.factory(Averaged)()
+    params, state = [start], algorithm.init([start])
+    compiled = jax.jit(lambda p, g, s: algorithm.update(p, g, s)[::-1], donate_argnums=2)
+    for _ in range(2):
+        optimizer.step([jnp.ones(2)])
+        state, params = compiled(params, [jnp.ones(2)], state)
+    np.testing.assert_array_equal(start, [1, 2])
+    np.testing.assert_array_equal(optimizer.params[0], params[0])
+    entries = optimizer.state[optimizer.param_groups[0]["params"][0]]
+    for average, anchor in ((entries["average"], entries["anchor"]), (state.average[0], state.anchor[0])):
+        np.testing.assert_array_equal(average, [-0.25, 0.75])
+        np.testing.assert_array_equal(anchor, [1, 2])
+
+
+def test_the_facade_inside_jit_is_differentiable() -> None:
+    """Rates that are tracers become scalars of the program; nothing is read on the host."""
+
+    def last(lr: Any, start: Any) -> Any:
+        optimizer = optim.SGD([start], lr=1.0)
+        optimizer.param_groups[0]["lr"] = lr
+        for _ in range(3):
+            optimizer.step([2 * optimizer.params[0]])
+        return optimizer.params[0]
+
+    value, slope = jax.jit(jax.value_and_grad(last))(0.1, jnp.array(1.0))
+    np.testing.assert_allclose(value, 0.8**3, rtol=1e-6)
+    np.testing.assert_allclose(slope, -6 * 0.8**2, rtol=1e-6)
+
+
 @pytest.mark.usefixtures("x64")
 def test_a_subclass_that_overrides_step_in_python() -> None:
     """It moves as `optim.SGD` does, with hooks, closure, state dict and scheduler."""

@@ -510,6 +510,15 @@ def test_a_deep_copy_of_a_tree_optimizer_shows_its_own_params() -> None:
     np.testing.assert_array_equal(optimizer.params["w"], [0.5, 0.5])
 
 
+def test_a_dict_whose_every_leaf_became_a_numpy_array_loads() -> None:
+    saved = run_adam(steps=3).state_dict()
+    optimizer = run_adam()
+    optimizer.load_state_dict(jax.tree.map(np.asarray, saved))
+    assert plain(optimizer.state_dict()) == plain(saved)
+    assert type(optimizer.param_groups[0]["lr"]) is float
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+
+
 def test_an_optimizer_pickles() -> None:
     optimizer = run_adam()
     twin = pickle.loads(pickle.dumps(optimizer))
