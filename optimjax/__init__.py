@@ -8,7 +8,8 @@ from optimjax.algorithms.rmsprop import RMSprop
 from optimjax.algorithms.sgd import SGD
 from optimjax.clip import clip_grad_norm, clip_grad_norm_, clip_grad_value, clip_grad_value_
 from optimjax.optimizer import Optimizer
-from optimjax.parameter import Parameter, named_parameters, parameters
+from optimjax.parameter import Parameter
+from optimjax.source import named_parameters, parameters
 
 __version__ = "0.1.0.dev0"
 

@@ -13,8 +13,9 @@ import jax
 import numpy as np
 from jax import Array
 
-from optimjax.parameter import Parameter, VariableParameter, is_nnx, nnx
+from optimjax.parameter import Parameter
 from optimjax.step import Updates, update_each
+from optimjax.variable import VariableParameter, is_nnx, nnx
 
 __all__ = ["Call", "capture", "update_from_loss", "value_and_grad"]
 

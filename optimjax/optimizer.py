@@ -19,8 +19,9 @@ from optimjax import state_dict as _state_dict
 from optimjax.hooks import Hooks, RemovableHandle, global_hooks
 from optimjax.lift import active_fields
 from optimjax.loss import capture, update_from_loss, value_and_grad
-from optimjax.parameter import ModuleSource, Parameter, Source, source_of
+from optimjax.parameter import Parameter
 from optimjax.rule import Hyperparameters, Rule, initial_slots
+from optimjax.source import ModuleSource, Source, source_of
 from optimjax.step import Bucket, Job, Kept, ParameterState, bounded_buckets, buckets, pack, update_bucket, updates_of
 from optimjax.tree import check_gradient
 

@@ -1,0 +1,209 @@
+"""What a user hands in as ``params``, and how it becomes boxes.
+
+Three kinds of things can be handed in, each a *source*: a pytree (:class:`TreeSource`), a ``flax.nnx`` module
+(:class:`ModuleSource`), boxes (:class:`BoxSource`). A source lists its boxes, shows the user's view of them
+(``optimizer.params``) and brings gradients of that view into the order of the boxes.
+"""
+
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Sequence, ValuesView
+from typing import Any, ClassVar
+
+import jax
+
+from optimjax.parameter import Parameter, value_of
+from optimjax.tree import dotted, is_inexact_array, match, names, structure_error
+from optimjax.variable import VariableParameter, is_nnx, module_parameters, nnx
+
+__all__ = ["BoxSource", "ModuleSource", "Source", "TreeSource", "named_parameters", "parameters", "source_of"]
+
+
+def named_parameters(module: Any) -> Iterator[tuple[str, Parameter]]:
+    """Iterate the parameters of a ``flax.nnx`` module, or of a pytree, as ``(dotted name, box)``.
+
+    Boxes of a module are bound to it, and are the *same* objects each time. Boxes of a pytree are new ones with its
+    arrays; leaves that are not floating arrays are left out.
+
+    >>> from flax import nnx
+    >>> import optimjax as optim
+    >>> layer = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    >>> [(name, box.shape) for name, box in optim.named_parameters(layer)]
+    [('bias', (3,)), ('kernel', (2, 3))]
+    """
+    if is_nnx(module):
+        yield from module_parameters(module)
+    else:
+        yield from ((box.name or "", box) for box in TreeSource(module).parameters)
+
+
+def parameters(module: Any) -> Iterator[Parameter]:
+    """Iterate the parameters of a ``flax.nnx`` module, or of a pytree, as boxes; see :func:`named_parameters`."""
+    return (box for _, box in named_parameters(module))
+
+
+class Source:
+    """What was handed in as ``params``, whole or of one group.
+
+    Attributes:
+      parameters: its boxes, in order.
+      names: their names, or ``None`` where the user gave none.
+      bound: whether the boxes belong to a module that the user passes to the loss function himself.
+    """
+
+    parameters: list[Parameter]
+    names: Sequence[str] | None = None
+    bound: ClassVar[bool] = False
+
+    def view(self) -> Any:
+        """What ``optimizer.params`` shows."""
+        raise NotImplementedError
+
+    def boxed(self) -> Any:
+        """The view with boxes in place of the arrays to be differentiated."""
+        raise NotImplementedError
+
+    def gradients(self, grads: Any) -> list[Any]:
+        """Gradients of the view, in the order of ``parameters``; ``None`` where missing.
+
+        Raises:
+          ValueError: their structure is another one.
+        """
+        raise NotImplementedError
+
+
+class TreeSource(Source):
+    """A pytree: the optimizer has its own boxes; leaves that are no floating arrays pass through untouched."""
+
+    def __init__(self, tree: Any):
+        paths, self._treedef = jax.tree_util.tree_flatten_with_path(tree)
+        self._leaves = [Parameter(leaf, name=dotted(path)) if is_inexact_array(leaf) else leaf for path, leaf in paths]
+        self.parameters = [leaf for leaf in self._leaves if isinstance(leaf, Parameter)]
+        self.names = [box.name or "" for box in self.parameters]
+
+    def view(self) -> Any:
+        """The tree with the present values."""
+        return self._treedef.unflatten([value_of(leaf) for leaf in self._leaves])
+
+    def boxed(self) -> Any:
+        """The tree with boxes as leaves."""
+        return self._treedef.unflatten(self._leaves)
+
+    def gradients(self, grads: Any) -> list[Any]:
+        """See :meth:`Source.gradients`; what stands in the place of other leaves is not looked at."""
+        leaves = match(self._treedef, grads, lambda: self.names or ())
+        return [grad for grad, leaf in zip(leaves, self._leaves, strict=True) if isinstance(leaf, Parameter)]
+
+
+class ModuleSource(Source):
+    """A ``flax.nnx`` module: updates go into its ``nnx.Param`` variables."""
+
+    def __init__(self, module: Any):
+        self.module = module
+        named = list(named_parameters(module))
+        self.names = [name for name, _ in named]
+        self.parameters = [box for _, box in named]
+        self._treedef: Any = None  # of gradients seen before, and where each parameter's is among their leaves
+        self._order: list[int] = []
+
+    def view(self) -> Any:
+        """The module."""
+        return self.module
+
+    def boxed(self) -> Any:
+        """The module; its variables are found in it."""
+        return self.module
+
+    def gradients(self, grads: Any) -> list[Any]:
+        """See :meth:`Source.gradients`; takes what ``nnx.grad`` returns."""
+        leaves, treedef = jax.tree.flatten(grads)
+        if self._treedef is None or treedef != self._treedef:  # the first time, and whenever a gradient is missing
+            leaves = self._by_name(grads)
+            if all(leaf is not None for leaf in leaves):
+                self._treedef, self._order = treedef, _order(jax.tree.leaves(grads), leaves)
+            return leaves
+        return [leaves[index] for index in self._order]
+
+    def _by_name(self, grads: Any) -> list[Any]:
+        variable = nnx().Variable
+        paths, _ = jax.tree_util.tree_flatten_with_path(grads, is_leaf=lambda x: x is None or isinstance(x, variable))
+        found = {dotted(path): leaf.get_value() if isinstance(leaf, variable) else leaf for path, leaf in paths}
+        wanted = self.names or ()
+        if found.keys() != set(wanted):
+            raise structure_error(wanted, list(found))
+        return [found[name] for name in wanted]
+
+
+def _order(leaves: list[Any], wanted: list[Any]) -> list[int]:
+    position = {id(leaf): index for index, leaf in enumerate(leaves)}
+    return [position[id(leaf)] for leaf in wanted]
+
+
+class BoxSource(Source):
+    """Boxes that the user made, or took from a module with :func:`parameters`."""
+
+    def __init__(self, boxes: Iterable[Any]):
+        items = list(boxes)
+        named = [item for item in items if isinstance(item, tuple)]
+        if named and len(named) != len(items):
+            raise ValueError("all optimizer params should be with/without names. Some param names are missing")
+        self.parameters = [item[1] for item in items] if named else items
+        self.names = [item[0] for item in items] if named else None
+        if len(set(self.names or ())) != len(self.names or ()):
+            raise ValueError(f"parameter names must differ from each other, got {self.names}")
+        for box in self.parameters:
+            if not isinstance(box, Parameter):
+                raise TypeError(f"optimizer can only optimize Parameters, but one of the params is {box!r}")
+
+    @property
+    def bound(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the boxes are a module's."""
+        return any(isinstance(box, VariableParameter) for box in self.parameters)
+
+    def view(self) -> Any:
+        """The list of values, or a dict by name."""
+        values = [box.value for box in self.parameters]
+        return dict(zip(self.names, values, strict=True)) if self.names else values
+
+    def boxed(self) -> Any:
+        """The list of boxes, or a dict by name."""
+        return dict(zip(self.names, self.parameters, strict=True)) if self.names else list(self.parameters)
+
+    def gradients(self, grads: Any) -> list[Any]:
+        """See :meth:`Source.gradients`."""
+        view = self.view()
+        leaves = match(jax.tree.structure(view), grads, lambda: names(view))
+        if self.names:  # a dict's leaves come in sorted order
+            by_name = dict(zip(sorted(self.names), leaves, strict=True))
+            return [by_name[name] for name in self.names]
+        return leaves
+
+
+def source_of(params: Any) -> Source:
+    """The source of what a user handed in as ``params`` of an optimizer or of one group.
+
+    Raises:
+      TypeError: a single box, an unordered set, or something that holds no arrays at all.
+    """
+    if isinstance(params, (set, frozenset)):
+        raise TypeError(
+            "optimizer parameters need to be organized in ordered collections, but the ordering in sets changes "
+            f"between runs: use a list instead of {params!r}"
+        )
+    if is_nnx(params):
+        return ModuleSource(params)
+    if isinstance(params, (Iterator, KeysView, ValuesView, ItemsView)):
+        params = list(params)
+    if isinstance(params, (list, tuple)) and any(map(_is_box_or_named, params)):
+        return BoxSource(params)
+    boxes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Parameter))
+    if any(isinstance(leaf, Parameter) for leaf in boxes):
+        raise TypeError(
+            "Parameters must come as an iterable of Parameter or of (name, Parameter), "
+            f"not inside a {type(params).__name__}; a dict of them can be given as its .items()"
+        )
+    return TreeSource(params)
+
+
+def _is_box_or_named(item: Any) -> bool:
+    return isinstance(item, Parameter) or (
+        isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Parameter)
+    )
