@@ -12,6 +12,8 @@ Duchi, Hazan, Singer, "Adaptive subgradient methods for online learning and stoc
 Differs from PyTorch: nothing. Differs from optax: the sum starts at 0, not 0.1, and epsilon is outside the root.
 """
 
+from __future__ import annotations  # signatures then show `LearningRate`, not what it stands for
+
 from typing import Any, NamedTuple
 
 import jax

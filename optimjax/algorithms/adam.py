@@ -18,6 +18,8 @@ Differs from PyTorch: nothing but half precision, where the arithmetic here is i
 does not give NaN although epsilon is zero in float16.
 """
 
+from __future__ import annotations  # signatures then show `LearningRate`, not what it stands for
+
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp

@@ -8,6 +8,8 @@ the paper, the decay is scaled by the learning rate.
 Differs from PyTorch: as Adam. Differs from optax: the default decay is 1e-2, not 1e-4.
 """
 
+from __future__ import annotations  # signatures then show `LearningRate`, not what it stands for
+
 from typing import Any
 
 from optimjax.algorithms.adam import Adam

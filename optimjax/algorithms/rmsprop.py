@@ -18,6 +18,8 @@ Differs from PyTorch:
 1. Centered, the variance is never taken below zero: rounding can make it negative, and PyTorch then gives NaN.
 """
 
+from __future__ import annotations  # signatures then show `LearningRate`, not what it stands for
+
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp

@@ -14,6 +14,8 @@ form is PyTorch's, in which the learning rate multiplies the whole buffer.
 Differs from PyTorch: nothing.
 """
 
+from __future__ import annotations  # signatures then show `LearningRate`, not what it stands for
+
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
