@@ -6,32 +6,38 @@ modules). A module that the loss changes, its batch statistics or random state, 
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
 
-from optimjax.parameter import Parameter
+from optimjax.parameter import Parameter, value_of
 from optimjax.step import Updates, update_each
 from optimjax.variable import VariableParameter, is_nnx, nnx
 
-__all__ = ["Call", "capture", "update_from_loss", "value_and_grad"]
+__all__ = ["Call", "Capture", "update_from_loss", "value_and_grad"]
+
+Role = tuple[str, Any]
 
 
-class Cut(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Cut:
     """The static description of a call: from it and the arrays, a compiled function puts the arguments together."""
 
     treedef: Any  # of the arguments, with modules and boxes as leaves
-    leaves: tuple[tuple[str, Any], ...]  # for each leaf its role and index ("static": the leaf; "node": a module)
+    leaves: tuple[Role, ...]  # for each leaf its role and index ("static": the leaf itself; "node": a module)
     graphdef: Any  # of all modules among the arguments together, so that what they share stays shared
     state_treedef: Any
-    state_roles: tuple[tuple[str, int], ...]
+    state_roles: tuple[Role, ...]  # for each array of the modules
 
     def arguments(self, differentiated: Sequence[Array], traced: Sequence[Array]) -> tuple[tuple[Any, ...], Any]:
         """The arguments made of these arrays, and the modules among them."""
         pick = {"differentiated": differentiated.__getitem__, "traced": traced.__getitem__}
+        pick["constant"] = pick["traced"]
         nodes = None
         if self.graphdef is not None:
             values = [pick[role](index) for role, index in self.state_roles]
@@ -40,28 +46,62 @@ class Cut(NamedTuple):
         leaves = [what if role == "static" else pick[role](what) for role, what in self.leaves]
         return self.treedef.unflatten(leaves), nodes
 
-    def changed(self, nodes: Any) -> list[Array]:
-        """The traced arrays of the modules after the call."""
+    def changed(self, nodes: Any, traced: Sequence[Array]) -> list[Array]:
+        """The arrays of the modules' other variables after the call."""
         if nodes is None:
             return []
-        state = nnx().split(nodes)[1]
-        leaves, treedef = jax.tree.flatten(state)
+        leaves, treedef = jax.tree.flatten(nnx().split(nodes)[1])
         if treedef != self.state_treedef:
             raise ValueError(
                 "the loss function added, removed or reshaped variables of a module (for example with sow); do that "
                 "outside of it, or return what you need as auxiliary output"
             )
-        return [leaf for leaf, (role, _) in zip(leaves, self.state_roles, strict=True) if role == "traced"]
+        roles = list(zip(leaves, self.state_roles, strict=True))
+        if any(role == "constant" and leaf is not traced[index] for leaf, (role, index) in roles):
+            raise ValueError(
+                "the loss function assigned to an array of a module that is in no nnx.Variable: wrap it in one"
+            )
+        return [leaf for leaf, (role, _) in roles if role == "traced"]
+
+    # A static argument is hashed and compared at every call, and a module's graphdef is slow in both.
+    @functools.cached_property
+    def _fields(self) -> tuple[Any, ...]:
+        return self.treedef, self.leaves, self.graphdef, self.state_treedef, self.state_roles
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(self._fields)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Cut) and self._fields == other._fields)
 
 
-class Call(NamedTuple):
+@dataclass
+class Call:
     """A call of a loss function, cut."""
 
     cut: Cut
     boxes: list[Parameter]  # those found among the arguments, in the order of `differentiated`
-    differentiated: list[Array]
-    traced: list[Any]
-    variables: list[Any]  # those whose arrays are traced, in the order of `Cut.changed`
+    variables: list[Any]  # those whose arrays may change, in the order of `Cut.changed`
+    origins: list[Any]  # of each traced array: the position of a leaf, or a variable, or the array
+    differentiated: list[Array] = field(default_factory=list)
+    traced: list[Any] = field(default_factory=list)
+
+    def filled(self, leaves: Sequence[Any]) -> "Call":
+        """With the present arrays; ``leaves`` are those of the arguments."""
+        self.differentiated = [box.value for box in self.boxes]
+        self.traced = []
+        for origin in self.origins:
+            if isinstance(origin, int):
+                self.traced.append(value_of(leaves[origin]))
+            elif isinstance(origin, jax.Array):
+                self.traced.append(origin)
+            else:
+                self.traced.extend(jax.tree.leaves(origin.get_value()))
+        return self
 
     def write_back(self, changed: Sequence[Array]) -> None:
         """Write what the call changed into the modules."""
@@ -71,52 +111,89 @@ class Call(NamedTuple):
             variable.set_value(treedef.unflatten([next(values) for _ in leaves]))
 
 
-def capture(arguments: tuple[Any, ...], boxes: Sequence[Parameter]) -> Call:
-    """Cut the arguments of a loss function; ``boxes`` are to be differentiated where they occur.
+class Capture:
+    """Cuts the arguments of loss functions; splits a module once, and again only when it has changed."""
 
-    A box stands for its array; a box with ``requires_grad=False`` is traced, not differentiated.
-    """
-    wanted = {id(_identity(box)): box for box in boxes if box.requires_grad}
-    found: dict[int, int] = {}
-    call = Call(None, [], [], [], [])  # pyright: ignore[reportArgumentType]
+    def __init__(self) -> None:
+        self._key: Any = None
+        self._call: Any = None
 
-    def differentiate(key: int, box: Parameter) -> tuple[str, int]:
+    def __call__(self, arguments: tuple[Any, ...], boxes: Sequence[Parameter]) -> Call:
+        """Cut; ``boxes`` are to be differentiated where they occur, unless they have ``requires_grad=False``."""
+        leaves, treedef = jax.tree.flatten(arguments, is_leaf=lambda x: isinstance(x, Parameter) or is_nnx(x))
+        kinds = [_kind(leaf) for leaf in leaves]
+        nodes = [leaf for leaf, (role, _) in zip(leaves, kinds, strict=True) if role == "node"]
+        key = (treedef, kinds, [id(box) for box in boxes if box.requires_grad], _structure(nodes))
+        if self._key is None or key[-1] is None or key != self._key:
+            self._key = key
+            self._call = _cut(leaves, treedef, kinds, nodes, [box for box in boxes if box.requires_grad])
+        return self._call.filled(leaves)
+
+    def __reduce__(self) -> Any:
+        return Capture, ()  # what is remembered goes by identity
+
+
+def _kind(leaf: Any) -> Role:
+    """A leaf's role before it is known which boxes are wanted, and what a remembered cut depends on."""
+    if isinstance(leaf, Parameter):
+        return "box", id(_identity(leaf))
+    if is_nnx(leaf):
+        return "node", None
+    if isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, complex)) and not isinstance(leaf, bool):
+        return "traced", None
+    return "static", leaf
+
+
+def _structure(nodes: Sequence[Any]) -> Any:
+    """What the split of modules depends on, cheaper than splitting them; ``None`` where only splitting can tell."""
+    if not nodes:
+        return ()
+    leaves, treedef = jax.tree.flatten(nodes, is_leaf=lambda x: isinstance(x, nnx().Variable))
+    if not all(isinstance(leaf, nnx().Variable) for leaf in leaves):
+        return None
+    return treedef, list(map(id, leaves)), [jax.tree.structure(leaf) for leaf in leaves]
+
+
+def _cut(leaves: list[Any], treedef: Any, kinds: list[Role], nodes: list[Any], boxes: list[Parameter]) -> Call:
+    wanted = {id(_identity(box)): box for box in boxes}
+    found: dict[int, int] = {}  # boxes by what they are bound to
+    call = Call(None, [], [], [])  # pyright: ignore[reportArgumentType]
+    count = itertools.count()
+
+    def differentiate(key: int) -> Role:
         if key not in found:
             found[key] = len(call.boxes)
-            call.boxes.append(box)
-            call.differentiated.append(box.value)
+            call.boxes.append(wanted[key])
         return "differentiated", found[key]
 
-    def trace(value: Any) -> tuple[str, int]:
-        call.traced.append(value)
-        return "traced", len(call.traced) - 1
-
-    leaves, treedef = jax.tree.flatten(arguments, is_leaf=lambda x: isinstance(x, Parameter) or is_nnx(x))
-    nodes, roles = [], []
-    for leaf in leaves:
-        if isinstance(leaf, Parameter):
-            key = id(_identity(leaf))
-            roles.append(differentiate(key, wanted[key]) if key in wanted else trace(leaf.value))
-        elif is_nnx(leaf):
-            roles.append(("node", len(nodes)))
-            nodes.append(leaf)
-        elif isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)):
-            roles.append(trace(leaf))
+    roles: list[Role] = []
+    positions = itertools.count()
+    for position, (kind, what) in enumerate(kinds):
+        if kind == "box" and what in wanted:
+            roles.append(differentiate(what))
+        elif kind in ("box", "traced"):
+            call.origins.append(position)
+            roles.append(("traced", next(count)))
         else:
-            roles.append(("static", leaf))
+            roles.append((kind, next(positions) if kind == "node" else what))
 
     graphdef = state_treedef = None
-    state_roles: list[tuple[str, int]] = []
+    state_roles: list[Role] = []
     if nodes:
         graphdef, state = nnx().split(nodes)
         state_treedef = jax.tree.structure(state)
         for variable in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx().Variable)):
             if id(variable) in wanted:
-                state_roles.append(differentiate(id(variable), wanted[id(variable)]))
-            else:
-                state_roles.extend(map(trace, jax.tree.leaves(variable.get_value())))
+                state_roles.append(differentiate(id(variable)))
+                continue
+            call.origins.append(variable)
+            if isinstance(variable, nnx().Variable):
                 call.variables.append(variable)
-    return call._replace(cut=Cut(treedef, tuple(roles), graphdef, state_treedef, tuple(state_roles)))
+                state_roles += [("traced", next(count)) for _ in jax.tree.leaves(variable.get_value())]
+            else:
+                state_roles.append(("constant", next(count)))
+    call.cut = Cut(treedef, tuple(roles), graphdef, state_treedef, tuple(state_roles))
+    return call
 
 
 def _identity(box: Parameter) -> Any:
@@ -128,7 +205,7 @@ def _evaluate(loss_fn: Callable[..., Any], cut: Cut, has_aux: bool, differentiat
         arguments, nodes = cut.arguments(differentiated, traced)
         result = loss_fn(*arguments)
         loss, aux = result if has_aux else (result, None)
-        return loss, (aux, cut.changed(nodes))
+        return loss, (aux, cut.changed(nodes, traced))
 
     (loss, (aux, changed)), grads = jax.value_and_grad(compute, has_aux=True)(differentiated)
     return loss, aux, changed, grads

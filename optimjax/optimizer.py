@@ -18,7 +18,7 @@ from jax.core import Tracer
 from optimjax import state_dict as _state_dict
 from optimjax.hooks import Hooks, RemovableHandle, global_hooks
 from optimjax.lift import active_fields
-from optimjax.loss import capture, update_from_loss, value_and_grad
+from optimjax.loss import Capture, update_from_loss, value_and_grad
 from optimjax.parameter import Parameter
 from optimjax.rule import Hyperparameters, Rule, initial_slots
 from optimjax.source import ModuleSource, Source, source_of
@@ -85,6 +85,7 @@ class Optimizer:
         self._built_rates: list[Any] | None = None
         self._in_step = False
         self._patterns: list[tuple[Any, list[Bucket]]] = []
+        self._cut = Capture()
         self._check(defaults, "")
 
         if isinstance(params, Parameter):
@@ -225,7 +226,7 @@ class Optimizer:
             raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}: {loss_fn!r}")
         if not all(source.bound for source in self._sources):
             args = (self._view(lambda source: source.boxed()), *args)
-        call = capture(args, self._parameters())
+        call = self._cut(args, self._parameters())
         if not call.boxes:
             raise ValueError(
                 "none of the optimizer's parameters that require a gradient is among the arguments: "
