@@ -1,6 +1,6 @@
 """The facade: groups, step, state. It unwraps, calls the compiled update, writes back; no arithmetic.
 
-`step` runs one compiled program for each bucket of up to 32 parameters of equal shape, dtype and structure. What is
+`step` runs one compiled program for each bucket of up to 64 parameters of equal shape, dtype and structure. What is
 compiled depends on those alone: step counts and group values are turned into scalars on the host, in double
 precision, and enter as one small array.
 """

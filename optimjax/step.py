@@ -26,7 +26,7 @@ __all__ = [
     "updates_of",
 ]
 
-BUCKET = 32  # parameters that one program updates; see docs/architecture.md for the measurement
+BUCKET = 64  # parameters that one program updates; see docs/architecture.md for the measurement
 
 
 class Kept(NamedTuple):
@@ -148,7 +148,7 @@ class Bucket(NamedTuple):
 
 
 def buckets(rule: Rule, jobs: Sequence[Job]) -> list[Bucket]:
-    """Up to 32 jobs of equal shape together; what is left over of all shapes, up to 32 together.
+    """Up to 64 jobs of equal shape together; what is left over of all shapes, up to 64 together.
 
     Compiling costs by distinct shapes, dispatching by programs, tracing by parameters.
     """
@@ -162,7 +162,7 @@ def buckets(rule: Rule, jobs: Sequence[Job]) -> list[Bucket]:
 
 
 def bounded_buckets(rule: Rule, jobs: Sequence[Job]) -> list[Bucket]:
-    """Jobs of one shape in portions of 32, 16, 8, 4, 2 and 1: six programs for a shape, whoever has a gradient."""
+    """Jobs of one shape in portions of 64, 32, ..., 2 and 1: seven programs for a shape, whoever has a gradient."""
     result = []
     for positions in _alike(jobs):
         size = BUCKET

@@ -328,3 +328,51 @@ def test_random_keys_and_trees_are_arguments() -> None:
         optimizer.zero_grad()
         optimizer.backward(loss, key, {"x": jnp.ones(2)})
         np.testing.assert_allclose(boxes_of(optimizer)[0].grad, jax.random.normal(key, (2,)), rtol=1e-6)
+
+
+class Scaled(nnx.Module):
+    """A module with an array that is in no variable."""
+
+    def __init__(self) -> None:
+        self.weight = nnx.Param(jnp.array([1.0, 2.0]))
+        self.scale = jnp.array(3.0)
+
+    def __call__(self) -> Any:
+        return jnp.sum(self.weight[...] * self.scale)
+
+
+def test_arrays_of_a_module_are_read_at_every_call() -> None:
+    model = Scaled()
+    optimizer = optim.SGD(model, lr=0.1)
+    loss = lambda model: model()  # noqa: E731
+    assert optimizer.step(loss) == 9
+    model.scale = jnp.array(-1.0)
+    np.testing.assert_allclose(optimizer.step(loss), -(0.7 + 1.7), rtol=1e-6)
+
+
+def test_assigning_such_an_array_inside_the_loss_raises() -> None:
+    def loss(model: Any) -> Any:
+        model.scale = model.scale + 1
+        return model()
+
+    model = Scaled()
+    with pytest.raises(ValueError, match=r"in no nnx\.Variable"):
+        optim.SGD(model, lr=0.1).step(loss)
+    np.testing.assert_array_equal(model.weight[...], [1, 2])
+
+
+def test_a_module_that_changes_is_cut_again() -> None:
+    model = Scaled()
+    optimizer = optim.SGD(model, lr=0.0)
+    loss = lambda model: model() + (model.extra[...].sum() if hasattr(model, "extra") else 0.0)  # noqa: E731
+    assert optimizer.step(loss) == 9
+    model.extra = nnx.Param(jnp.ones(4))
+    assert optimizer.step(loss) == 13
+    del model.extra
+    assert optimizer.step(loss) == 9
+
+
+def test_a_plain_flag_is_compiled_in() -> None:
+    optimizer = optim.SGD({"w": jnp.array(2.0)}, lr=0.0)
+    loss = lambda params, positive: params["w"] if positive else -params["w"]  # noqa: E731
+    assert [float(optimizer.step(loss, flag)) for flag in (True, False, True)] == [2, -2, 2]

@@ -68,7 +68,7 @@ def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any
         grad = grad + scalars.weight_decay * param
     buffer = slots.momentum_buffer
     if buffer is not None:
-        buffer = scalars.momentum * buffer + scalars.gain * grad
+        buffer = scalars.momentum * buffer + (scalars.gain * grad if flags.dampening else grad)
         if flags.nesterov:  # in two terms, for then XLA does not store the decayed gradient between its two uses
             param = param - scalars.lr * (scalars.momentum * buffer)
         else:
