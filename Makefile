@@ -39,6 +39,7 @@ docs: .venv/docs ## build the documentation, docs/_build/index.html
 
 bench: .venv/test ## time a step beside optax and PyTorch
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/loss_step.py
 
 clean: ## remove the virtual environments and caches
 	rm -rf .venv .venv-newest docs/_build .pytest_cache .ruff_cache .hypothesis
