@@ -69,10 +69,10 @@ def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any
     buffer = slots.momentum_buffer
     if buffer is not None:
         buffer = scalars.momentum * buffer + (scalars.gain * grad if flags.dampening else grad)
-        if flags.nesterov:  # in two terms, for then XLA does not store the decayed gradient between its two uses
-            param = param - scalars.lr * (scalars.momentum * buffer)
-        else:
-            grad = buffer
+        if not flags.nesterov:
+            return param - scalars.lr * buffer, Slots(buffer)
+        # In two terms, for then XLA does not store the decayed gradient between its two uses.
+        return param - (scalars.lr * grad + scalars.lr * (scalars.momentum * buffer)), Slots(buffer)
     return param - scalars.lr * grad, Slots(buffer)
 
 
