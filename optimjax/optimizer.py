@@ -382,15 +382,14 @@ class Optimizer:
     def _prepared(self, param: Array, values: Mapping[str, Any], hyper: Any, flags: Any) -> Kept:
         """Slots for a step that may donate them: copies of those that somebody has seen, new ones where absent."""
         rule = self._rule()
-        initial = initial_slots(rule, param, hyper, flags)
         fields = active_fields(rule, self.hyperparameters, flags)
         # device_put copies without compiling a copy for each shape, and keeps the sharding.
-        slots = initial._replace(
-            **{name: jax.device_put(values[name], may_alias=False) for name in fields if name in values}
-        )
+        seen = {name: jax.device_put(values[name], may_alias=False) for name in fields if name in values}
+        complete = len(seen) == len(fields)
+        slots = rule.slots(*[None] * len(rule.slots._fields)) if complete else initial_slots(rule, param, hyper, flags)
         # Where PyTorch keeps no count, the presence of the slots says whether this is the first update.
-        step = int(values.get("step", 0)) if rule.counts_steps else int(all(name in values for name in fields))
-        return Kept(slots, flags, step, rule.counts_steps)
+        step = int(values.get("step", 0)) if rule.counts_steps else int(complete)
+        return Kept(slots._replace(**seen), flags, step, rule.counts_steps)
 
     def _resolve(self, group: Mapping[str, Any], where: str) -> tuple[Any, Any]:
         """The group's hyperparameters as Python numbers, and its flags."""

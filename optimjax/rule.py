@@ -192,7 +192,7 @@ class Hyperparameters:
             if issubclass(base, root) and base is not root and "__init__" in vars(base):
                 self._read(vars(base)["__init__"])
         self._switches = tuple(n for n, k in self.kinds.items() if isinstance(k, Numeric) and (k.switch or k.skip))
-        self._skips = {n: True for n, k in self.kinds.items() if isinstance(k, Numeric) and k.skip}
+        self._skips = frozenset(n for n, k in self.kinds.items() if isinstance(k, Numeric) and k.skip)
         self._structural = tuple(n for n, kind in self.kinds.items() if isinstance(kind, Structural))
         self.numeric = tuple(n for n, kind in self.kinds.items() if isinstance(kind, Numeric))
         # A tuple with names is hashable (a static argument of a compiled function) and reads as `flags.nesterov`.

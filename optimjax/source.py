@@ -6,7 +6,7 @@ Three kinds of things can be handed in, each a *source*: a pytree (:class:`TreeS
 """
 
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Sequence, ValuesView
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 
@@ -46,12 +46,15 @@ class Source:
     Attributes:
       parameters: its boxes, in order.
       names: their names, or ``None`` where the user gave none.
-      bound: whether the boxes belong to a module that the user passes to the loss function himself.
     """
 
     parameters: list[Parameter]
     names: Sequence[str] | None = None
-    bound: ClassVar[bool] = False
+
+    @property
+    def bound(self) -> bool:
+        """Whether the boxes belong to a module that the user passes to the loss function himself."""
+        return False
 
     def view(self) -> Any:
         """What ``optimizer.params`` shows."""
@@ -154,8 +157,8 @@ class BoxSource(Source):
                 raise TypeError(f"optimizer can only optimize Parameters, but one of the params is {box!r}")
 
     @property
-    def bound(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether the boxes are a module's."""
+    def bound(self) -> bool:
+        """Whether any of the boxes is a module's."""
         return any(isinstance(box, VariableParameter) for box in self.parameters)
 
     def view(self) -> Any:
