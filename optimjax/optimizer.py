@@ -1,11 +1,12 @@
 """The facade: groups, step, state. It unwraps, calls the compiled update, writes back; no arithmetic.
 
-`step` runs one compiled program for each bucket of up to 64 parameters of equal shape, dtype and structure. What is
-compiled depends on those alone: step counts and group values are turned into scalars on the host, in double
-precision, and enter as one small array.
+`step` runs one compiled program for each bucket of parameters. What is compiled depends on shapes, dtypes and structure
+alone: step counts and group values are turned into scalars on the host, in double precision, and enter as one small
+array.
 """
 
 import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -13,7 +14,6 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.core import Tracer
 
 from optimjax import state_dict as _state_dict
 from optimjax.hooks import Hooks, RemovableHandle, global_hooks
@@ -22,7 +22,7 @@ from optimjax.loss import Capture, update_from_loss, value_and_grad
 from optimjax.parameter import Parameter
 from optimjax.rule import Hyperparameters, Rule, initial_slots
 from optimjax.source import ModuleSource, Source, source_of
-from optimjax.step import Bucket, Job, Kept, ParameterState, bounded_buckets, buckets, pack, update_bucket, updates_of
+from optimjax.step import Bucket, Member, ParameterState, Plan, bounded_layout, concrete, entries, layout, update_bucket
 from optimjax.tree import check_gradient
 
 __all__ = [
@@ -84,7 +84,8 @@ class Optimizer:
         self._loaded_rates: list[Any] | None = None
         self._built_rates: list[Any] | None = None
         self._in_step = False
-        self._patterns: list[tuple[Any, list[Bucket]]] = []
+        self._plan: Plan | None = None
+        self._patterns: list[tuple[Any, list[list[int]]]] = []
         self._cut = Capture()
         self._check(defaults, "")
 
@@ -158,7 +159,8 @@ class Optimizer:
         if self.rule is not None and self.rule.eager:
             hyper, flags = self._resolve(group, where)
             for box in group["params"]:
-                self.state[box].kept = self._prepared(box.value, {}, hyper, flags)
+                slots = initial_slots(self.rule, box.value, hyper, flags)
+                self.state[box].update(entries(self.rule, slots, 0))
 
     def _check(self, values: Mapping[str, Any], where: str) -> None:
         for name, value in values.items():
@@ -270,7 +272,7 @@ class Optimizer:
     def _are_gradients(self, x: Any) -> bool:
         """Whether a callable is a tree of gradients, as an Equinox module is."""
         try:
-            list(self._pair(x))
+            self._pair(x)
         except (ValueError, TypeError):
             return False
         return True
@@ -283,105 +285,101 @@ class Optimizer:
             parts = list(grads)
         elif len(self._sources) > 1:
             raise ValueError("groups were added to this module's optimizer: use backward() and step(), or a loss_fn")
-        return [
-            pair
-            for source, part in zip(self._sources, parts, strict=True)
-            for pair in zip(source.parameters, source.gradients(part), strict=True)
-        ]
+        gradients = [source.gradients(part) for source, part in zip(self._sources, parts, strict=True)]
+        boxes = itertools.chain.from_iterable(source.parameters for source in self._sources)
+        return zip(boxes, itertools.chain.from_iterable(gradients), strict=True)
 
     def _update(self, pairs: Iterable[tuple[Parameter, Any]]) -> None:
-        jobs = self._jobs({box: grad for box, grad in pairs if grad is not None})
-        for positions, updates in self._buckets(jobs):
-            bucket = [jobs[position] for position in positions]
-            slots, params = update_bucket(
-                updates,
-                [job.value for job in bucket],
-                [job.grad for job in bucket],
-                [job.kept.slots for job in bucket],
-                pack(updates, bucket),
-            )
-            # At once: an interrupt between two buckets must not lose the slots that the first has donated.
-            for job, param, slot in zip(bucket, params, slots, strict=True):
-                self._commit(job, param, slot)
-
-    def _buckets(self, jobs: list[Job]) -> list[Bucket]:
-        """The buckets of these jobs, remembered for the patterns met first.
-
-        Each pattern of present gradients compiles programs of its own. Where the patterns do not end (routing,
-        stochastic depth), later ones use programs of which there are only so many.
-        """
-        key = [(job.signature, job.kept.flags, id(job.scalars)) for job in jobs]
-        first = {identity: index for index, identity in enumerate(dict.fromkeys(k[2] for k in key))}
-        pattern = [(signature, flags, first[identity]) for signature, flags, identity in key]
-        for known, known_buckets in self._patterns:
-            if pattern == known:
-                return known_buckets
-        if len(self._patterns) == PATTERNS:
-            return bounded_buckets(self._rule(), jobs)
-        self._patterns.append((pattern, buckets(self._rule(), jobs)))
-        return self._patterns[-1][1]
+        grads = {box: grad for box, grad in pairs if grad is not None}
+        buckets, rows = self._planned(grads)
+        for bucket, row in zip(buckets, rows, strict=True):
+            given = [grads[box] for box in bucket.boxes]
+            slots, params = update_bucket(bucket.updates, bucket.values, given, bucket.slots, row)
+            bucket.commit(slots, params, self.state)
 
     def _update_from_loss(self, loss_fn: Callable[..., Any], args: tuple[Any, ...]) -> Array:
         call = self._capture(loss_fn, args)
-        by_box = {job.parameter: job for job in self._jobs(dict(zip(call.boxes, call.differentiated, strict=True)))}
-        jobs = [by_box[box] for box in call.boxes]
-        updates = updates_of(self._rule(), jobs)
+        (bucket,), (row,) = self._planned(dict(zip(call.boxes, call.differentiated, strict=True)), together=True)
         slots, params, loss, changed = update_from_loss(
-            loss_fn,
-            call.cut,
-            updates,
-            call.differentiated,
-            call.traced,
-            [job.kept.slots for job in jobs],
-            pack(updates, jobs),
+            loss_fn, call.cut, bucket.updates, call.differentiated, call.traced, bucket.slots, row
         )
         call.write_back(changed)
-        for job, param, slot in zip(jobs, params, slots, strict=True):
-            self._commit(job, param, slot)
+        bucket.commit(slots, params, self.state)
         return loss
 
-    def _jobs(self, grads: Mapping[Parameter, Any]) -> list[Job]:
-        """Everything that the step needs, checked and prepared before anything changes."""
-        rule = self._rule()
-        jobs: list[Job] = []
-        uneven = False
+    def _planned(self, grads: Mapping[Parameter, Any], together: bool = False) -> tuple[list[Bucket], list[Any]]:
+        """The buckets of a step and their scalars; everything is checked here, before anything changes.
+
+        A step that is like the last one, of arrays that the last one has left, takes over its buckets.
+
+        Args:
+          grads: by parameter, whatever is not ``None``.
+          together: one bucket, in the order of ``grads``.
+        """
+        resolved = [self._resolve(group, f" of param_groups[{i}]") for i, group in enumerate(self.param_groups)]
+        hypers, flags = [hyper for hyper, _ in resolved], [flag for _, flag in resolved]
+        sizes = [len(group["params"]) for group in self.param_groups]
+        try:
+            kinds = [grad.aval for grad in grads.values()]
+        except AttributeError:  # not all are JAX arrays
+            kinds = None
+        key = together, sizes, flags, self._parameters(), list(grads), kinds
+        plan = self._plan
+        if plan is None or plan.key != key or kinds is None or not all(b.fits(self.state) for b in plan.buckets):
+            members = self._members(grads, hypers, flags)
+            places, shared = self._layout(members)
+            if together:
+                position = {member.parameter: index for index, member in enumerate(members)}
+                places = [[position[box] for box in grads]]
+            rule = self._rule()
+            scalars = type(rule.scalars(1, hypers[0]))
+            if plan is not None:
+                plan.drop()
+            self._plan = plan = Plan(
+                key, [Bucket(rule, scalars, [members[index] for index in part], shared) for part in places]
+            )
+        known: dict[tuple[int, int], Any] = {}
+        return plan.buckets, [bucket.scalars(hypers, known) for bucket in plan.buckets]
+
+    def _layout(self, members: list[Member]) -> tuple[list[list[int]], bool]:
+        """The members of each bucket, and whether those of one group share a row of scalars.
+
+        Each pattern of present gradients compiles programs of its own. Where the patterns do not end (routing,
+        stochastic depth), later ones use programs of which there are only so many. Nor may every pattern of step counts
+        be another program: where a group's counts differ, each member has its own row.
+        """
+        even = len({(m.group, m.step) for m in members}) == len({m.group for m in members})
+        pattern = [(member.signature, member.group if even else 0) for member in members]
+        for known, places in self._patterns:
+            if pattern == known:
+                return places, even
+        if len(self._patterns) == PATTERNS:
+            return bounded_layout(members), False
+        self._patterns.append((pattern, layout(members)))
+        return self._patterns[-1][1], even
+
+    def _members(self, grads: Mapping[Parameter, Any], hypers: list[Any], flags: list[Any]) -> list[Member]:
+        members = []
         for index, group in enumerate(self.param_groups):
-            hyper, flags = self._resolve(group, f" of param_groups[{index}]")
-            scalars: dict[int, Any] = {}  # by step
             for box in group["params"]:
-                grad = grads.get(box)
-                if grad is None:
-                    continue
-                value = box.value
-                signature = box.signature(value)
-                if getattr(grad, "shape", None) != signature[0] or grad.dtype != signature[1]:
+                if (grad := grads.get(box)) is not None:
+                    value = box.value
                     check_gradient(box.__str__, value, grad)
-                state = self.state.get(box)
-                if state is None:
-                    state = ParameterState()
-                kept = state.kept
-                if kept is None or kept.flags != flags:
-                    kept = self._prepared(value, state.peek(), hyper, flags)
-                step = kept.step + 1
-                if step not in scalars:
-                    row = rule.scalars(step, hyper)
-                    scalars[step] = type(row)(*map(_concrete, row))
-                jobs.append(Job(box, value, grad, signature, state, kept, scalars[step]))
-            uneven |= len(scalars) > 1
-        if uneven:  # a row for each job, or every pattern of step counts would be another program
-            jobs = [job._replace(scalars=job.scalars._replace()) for job in jobs]
-        return jobs
+                    state = self.state.get(box)
+                    state = ParameterState() if state is None else state
+                    slots, step = self._prepared(value, state, hypers[index], flags[index])
+                    members.append(Member(box, value, index, flags[index], state, slots, step))
+        return members
 
-    def _commit(self, job: Job, param: Array, slots: Any) -> None:
-        job.parameter.write_updated(param)
-        kept = job.kept
-        job.state.kept = Kept(slots, kept.flags, kept.step + 1, kept.counted)
-        if kept.step == 0 and (kept.counted or any(slot is not None for slot in slots)):
-            self.state[job.parameter] = job.state
+    def _prepared(self, param: Array, state: ParameterState, hyper: Any, flags: Any) -> tuple[Any, int]:
+        """Slots for a step that may donate them, and the count of updates.
 
-    def _prepared(self, param: Array, values: Mapping[str, Any], hyper: Any, flags: Any) -> Kept:
-        """Slots for a step that may donate them: copies of those that somebody has seen, new ones where absent."""
+        Slots that somebody has seen are copied, those that are missing are made.
+        """
         rule = self._rule()
+        if state.place is not None and state.place.flags == flags:
+            return state.place.slots, state.place.step
+        values = state.peek()
         fields = active_fields(rule, self.hyperparameters, flags)
         # device_put copies without compiling a copy for each shape, and keeps the sharding.
         seen = {name: jax.device_put(values[name], may_alias=False) for name in fields if name in values}
@@ -389,7 +387,7 @@ class Optimizer:
         slots = rule.slots(*[None] * len(rule.slots._fields)) if complete else initial_slots(rule, param, hyper, flags)
         # Where PyTorch keeps no count, the presence of the slots says whether this is the first update.
         step = int(values.get("step", 0)) if rule.counts_steps else int(complete)
-        return Kept(slots._replace(**seen), flags, step, rule.counts_steps)
+        return slots._replace(**seen), step
 
     def _resolve(self, group: Mapping[str, Any], where: str) -> tuple[Any, Any]:
         """The group's hyperparameters as Python numbers, and its flags."""
@@ -397,7 +395,7 @@ class Optimizer:
         for name in self.hyperparameters.numeric:
             try:
                 value = group[name]
-                values[name] = tuple(map(_concrete, value)) if isinstance(value, (tuple, list)) else _concrete(value)
+                values[name] = tuple(map(concrete, value)) if isinstance(value, (tuple, list)) else concrete(value)
             except (TypeError, ValueError, KeyError) as error:
                 raise type(error)(f"{name}{where} is {group.get(name)!r}, which is no number: {error}") from None
         return self.hyperparameters.hyper(values), self.hyperparameters.flags(group)
@@ -490,7 +488,7 @@ class Optimizer:
 
     def __getstate__(self) -> dict[str, Any]:
         # What was remembered of steps names devices, which do not pickle.
-        return vars(self) | {"_patterns": []}
+        return vars(self) | {"_plan": None, "_patterns": []}
 
 
 Optimizer.hyperparameters = Hyperparameters(Optimizer, Optimizer)
@@ -505,11 +503,6 @@ def _is_list_of_groups(params: Any) -> bool:
     if without and len(without) < len(params):
         raise ValueError(f"param_groups[{without[0]}] has no 'params', only {list(params[without[0]])}")
     return not without
-
-
-def _concrete(value: Any) -> Any:
-    """A Python number where that is possible; a tracer stays one."""
-    return value if isinstance(value, Tracer) else float(value)
 
 
 def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:

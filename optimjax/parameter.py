@@ -34,12 +34,11 @@ class Parameter:
     5.6 (2,)
     """
 
-    __slots__ = ("__weakref__", "_grad", "_signature", "_value", "name", "requires_grad")
+    __slots__ = ("__weakref__", "_grad", "_value", "name", "requires_grad")
 
     def __init__(self, value: Any, *, name: str | None = None, requires_grad: bool = True):
         self._value = _floating(value, name)
         self._grad: Array | None = None
-        self._signature: tuple[Any, Any] = (None, None)
         self.name = name
         self.requires_grad = requires_grad
 
@@ -87,18 +86,6 @@ class Parameter:
     def size(self) -> int:
         """Number of elements."""
         return self.value.size
-
-    def signature(self, value: Array) -> tuple[Any, ...]:
-        """Shape, dtype and sharding of the present value: parameters that agree in it compile alike."""
-        # An update changes none of the three, so the answer is kept for as long as the step itself wrote the value.
-        if self._signature[0] is not value:
-            self._signature = (value, (value.shape, value.dtype, getattr(value, "sharding", None)))
-        return self._signature[1]
-
-    def write_updated(self, value: Array) -> None:
-        """Set a value that has the signature of the present one."""
-        self.write(value)
-        self._signature = (value, self._signature[1])
 
     def _checked(self, value: Any) -> Array:
         array = jnp.asarray(value)
@@ -189,7 +176,7 @@ def unflatten(aux: tuple[str | None, bool], children: Any) -> Any:
     """For JAX: a box that is bound to nothing."""
     # JAX unflattens with tracers and with placeholders of any type, so nothing may be checked here.
     box = Parameter.__new__(Parameter)
-    (box._value,), box._grad, box._signature = children, None, (None, None)
+    (box._value,), box._grad = children, None
     box.name, box.requires_grad = aux
     return box
 

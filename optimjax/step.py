@@ -1,41 +1,35 @@
-"""How a step of the facade runs: what is kept for a parameter, and the compiled program for a bucket of parameters."""
+"""How a step of the facade runs: compiled programs, each for a bucket of parameters, and what is kept between steps."""
 
 import functools
 from collections import defaultdict
 from collections.abc import Mapping, MutableMapping, Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from optimjax.parameter import Parameter
 from optimjax.rule import Rule, apply
 
 __all__ = [
     "Bucket",
-    "Job",
-    "Kept",
+    "Member",
     "ParameterState",
+    "Plan",
     "Updates",
-    "bounded_buckets",
-    "buckets",
-    "pack",
+    "bounded_layout",
+    "concrete",
+    "entries",
+    "layout",
     "update_bucket",
     "update_each",
-    "updates_of",
 ]
 
-BUCKET = 64  # parameters that one program updates; see docs/architecture.md for the measurement
-
-
-class Kept(NamedTuple):
-    """What a step leaves for the next one."""
-
-    slots: Any
-    flags: Any  # under which the slots were made
-    step: int  # updates done
-    counted: bool  # whether PyTorch's state has `step`
+ALIKE = 64  # parameters of one shape that one program updates; see docs/architecture.md for the measurement
+MIXED = 256  # parameters of any shapes
 
 
 class ParameterState(MutableMapping[str, Any]):
@@ -45,21 +39,27 @@ class ParameterState(MutableMapping[str, Any]):
     mapping may be in the user's hands, so the next step works on copies of them: an array once read stays valid.
     """
 
-    __slots__ = ("_values", "kept")
+    __slots__ = ("_values", "place")
 
     def __init__(self, values: Mapping[str, Any] = {}):
         self._values = dict(values)
-        self.kept: Kept | None = None  # newer than the values, and seen by nobody
+        self.place: Place | None = None  # of what is newer than the values, and seen by nobody
 
     def peek(self) -> dict[str, Any]:
         """The entries; from now on they count as seen."""
-        if self.kept is not None:
-            if self.kept.counted:
-                self._values["step"] = self.kept.step
-            slots = self.kept.slots._asdict()
-            self._values.update((name, slot) for name, slot in slots.items() if slot is not None)
-            self.kept = None
+        if self.place is not None:
+            self._values.update(self.place.entries())
+            self.place.leave()
+            self.place = None
         return self._values
+
+    def move(self, place: "Place") -> None:
+        """From now on the slots are there."""
+        if self.place is not None:
+            self.place.leave()
+        self.place = place
+        for name in place.entries():  # or what was seen once would be held for good
+            self._values.pop(name, None)
 
     def __getitem__(self, name: str) -> Any:
         return self.peek()[name]
@@ -86,41 +86,43 @@ class ParameterState(MutableMapping[str, Any]):
         return ParameterState, (dict(self.peek()),)
 
 
-class Job(NamedTuple):
-    """One parameter's share of a step."""
+class Member(NamedTuple):
+    """One parameter on its way into a bucket."""
 
     parameter: Parameter
     value: Array
-    grad: Any
-    signature: Any  # of the value
+    group: int  # its index among the groups
+    flags: Any
     state: ParameterState
-    kept: Kept
-    scalars: Any  # one object for each group and step
+    slots: Any
+    step: int  # updates done
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """Members that agree in it compile alike."""
+        return self.value.shape, self.value.dtype, getattr(self.value, "sharding", None), self.flags
 
 
-class Updates(NamedTuple):
-    """What is compiled in when a list of parameters is updated: structure only, one entry for each."""
+class Updates:
+    """What is compiled in when a bucket is updated: structure only.
 
-    rule: Rule
-    scalars: Any  # the NamedTuple type of the rule's scalars
-    flags: tuple[Any, ...]
-    rows: tuple[int, ...]  # which row of scalars: by group and step, never by their values
+    Attributes:
+      rule: the rule.
+      scalars: the NamedTuple type of its scalars.
+      flags: the flags of each row of scalars.
+      rows: for each parameter its row: by group and step count, never by values.
+    """
 
+    def __init__(self, rule: Rule, scalars: Any, flags: tuple[Any, ...], rows: tuple[int, ...]):
+        self.rule, self.scalars, self.flags, self.rows = rule, scalars, flags, rows
+        self._key = (rule, scalars, flags, rows)
+        self._hash = hash(self._key)  # once, not at each step
 
-def updates_of(rule: Rule, jobs: Sequence[Job], share_rows: bool = True) -> Updates:
-    """The static side of these jobs; those of one group and step share a row of scalars, or each has its own."""
-    position: dict[int, int] = {}
-    rows = [position.setdefault(id(job.scalars), len(position)) for job in jobs] if share_rows else range(len(jobs))
-    return Updates(rule, type(jobs[0].scalars), tuple(job.kept.flags for job in jobs), tuple(rows))
+    def __hash__(self) -> int:
+        return self._hash
 
-
-def pack(updates: Updates, jobs: Sequence[Job]) -> Any:
-    """The rows of scalars, as one array."""
-    by_row = {row: job.scalars for row, job in zip(updates.rows, jobs, strict=True)}
-    rows = [by_row[row] for row in range(len(by_row))]
-    if any(isinstance(scalar, jax.Array) for row in rows for scalar in row):  # tracers: the facade inside a `jit`
-        return [list(row) for row in rows]
-    return np.array(rows)
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Updates) and self._key == other._key)
 
 
 def update_each(updates: Updates, params: Any, grads: Any, slots: Any, rows: Any) -> tuple[list[Any], list[Array]]:
@@ -131,8 +133,8 @@ def update_each(updates: Updates, params: Any, grads: Any, slots: Any, rows: Any
     """
     scalars = [updates.scalars(*row) for row in rows]
     results = [
-        apply(updates.rule, flags, param, grad, slot, scalars[row])
-        for flags, row, param, grad, slot in zip(updates.flags, updates.rows, params, grads, slots, strict=True)
+        apply(updates.rule, updates.flags[row], param, grad, slot, scalars[row])
+        for row, param, grad, slot in zip(updates.rows, params, grads, slots, strict=True)
     ]
     return [slot for _, slot in results], [param for param, _ in results]
 
@@ -140,44 +142,154 @@ def update_each(updates: Updates, params: Any, grads: Any, slots: Any, rows: Any
 update_bucket = functools.partial(jax.jit, static_argnames="updates", donate_argnames="slots")(update_each)
 
 
-class Bucket(NamedTuple):
-    """Jobs that run in one program, by their positions in the list of jobs."""
+class Bucket:
+    """Parameters that one program updates. Between steps it keeps their slots.
 
-    positions: list[int]
-    updates: Updates
+    Attributes:
+      updates: what is compiled in.
+      boxes: the parameters.
+      values, slots: what the next step starts from.
+    """
+
+    def __init__(self, rule: Rule, scalars: Any, members: Sequence[Member], shared: bool):
+        self.boxes = [member.parameter for member in members]
+        self.values = [member.value for member in members]
+        self.slots = [member.slots for member in members]
+        self.steps = 0  # done by this bucket
+        self._whole = True
+        self._states: list[ParameterState | None] = [member.state for member in members]
+        # Parameters of one group and step count share a row of scalars; or each has its own.
+        keys = [(m.group, m.step) if shared else (m.group, m.step, index) for index, m in enumerate(members)]
+        row = {key: index for index, key in enumerate(dict.fromkeys(keys))}
+        flags = {member.group: member.flags for member in members}
+        self._rows = [key[:2] for key in row]
+        self.updates = Updates(
+            rule, scalars, tuple(flags[group] for group, _ in self._rows), tuple(row[key] for key in keys)
+        )
+        for index, member in enumerate(members):
+            member.state.move(Place(self, index, member.flags, member.step))
+
+    def fits(self, state: Mapping[Parameter, ParameterState]) -> bool:
+        """Whether values and slots are what the last step has left."""
+        return (
+            self._whole
+            and all(map(is_, self.values, [box.value for box in self.boxes]))
+            and all(map(is_, self._states, map(state.get, self.boxes)))
+        )
+
+    def scalars(self, hypers: Sequence[Any], known: dict[tuple[int, int], Any]) -> Any:
+        """The rows of scalars for the next step, as one array; ``known`` collects those of a group and a count."""
+        rows = []
+        for group, step in self._rows:
+            key = group, step + self.steps + 1
+            if key not in known:
+                known[key] = list(map(concrete, self.updates.rule.scalars(key[1], hypers[group])))
+            rows.append(known[key])
+        if any(isinstance(scalar, Tracer) for row in rows for scalar in row):  # the facade inside a `jit`
+            return rows
+        return np.array(rows)
+
+    def commit(self, slots: list[Any], params: list[Array], state: MutableMapping[Parameter, ParameterState]) -> None:
+        """Take the results of an update."""
+        # The slots at once: the old ones were donated, and an interrupt must not lose the new ones.
+        self.slots, self.values, self.steps = slots, params, self.steps + 1
+        for box, param in zip(self.boxes, params, strict=True):
+            box.write(param)
+        if self.steps == 1:
+            # Where there is nothing to keep, as for SGD without momentum, PyTorch has no state.
+            kept = [bool(entries(self.updates.rule, slot, 1)) for slot in slots]
+            self._states = [entry if keep else None for entry, keep in zip(self._states, kept, strict=True)]
+            state.update((box, entry) for box, entry in zip(self.boxes, self._states, strict=True) if entry is not None)
+
+    def drop(self) -> None:
+        """Only the slots are of further use."""
+        self.values, self._whole = [], False
+
+    def remove(self, index: int) -> None:
+        """A parameter's slots are elsewhere now, or somebody has seen them: they must not be donated from here."""
+        self.slots[index], self._whole = None, False
 
 
-def buckets(rule: Rule, jobs: Sequence[Job]) -> list[Bucket]:
-    """Up to 64 jobs of equal shape together; what is left over of all shapes, up to 64 together.
+class Place(NamedTuple):
+    """Where the slots of a parameter are."""
+
+    bucket: Bucket
+    position: int
+    flags: Any  # under which the slots were made
+    start: int  # updates done before those of the bucket
+
+    @property
+    def slots(self) -> Any:
+        """The present slots."""
+        return self.bucket.slots[self.position]
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return self.start + self.bucket.steps
+
+    def entries(self) -> dict[str, Any]:
+        """Slots and count, as PyTorch's state has them."""
+        return entries(self.bucket.updates.rule, self.slots, self.step)
+
+    def leave(self) -> None:
+        """See :meth:`Bucket.remove`."""
+        self.bucket.remove(self.position)
+
+
+def entries(rule: Rule, slots: Any, step: int) -> dict[str, Any]:
+    """What PyTorch's state has: the slots that exist, by name, and ``step`` where it counts."""
+    count = {"step": step} if rule.counts_steps else {}
+    return count | {name: slot for name, slot in slots._asdict().items() if slot is not None}
+
+
+class Plan(NamedTuple):
+    """The buckets of a step, for as long as the next step is of the same kind."""
+
+    key: Any
+    buckets: list[Bucket]
+
+    def drop(self) -> None:
+        """See :meth:`Bucket.drop`."""
+        for bucket in self.buckets:
+            bucket.drop()
+
+
+def layout(members: Sequence[Member]) -> list[list[int]]:
+    """Positions of the members of each bucket: up to 64 of one shape together, then what is left of all shapes.
 
     Compiling costs by distinct shapes, dispatching by programs, tracing by parameters.
     """
     full, rest = [], []
-    for positions in _alike(jobs):
-        cut = len(positions) - len(positions) % BUCKET
-        full += positions[:cut]
+    for positions in _alike(members):
+        cut = len(positions) - len(positions) % ALIKE
+        full += [positions[start : start + ALIKE] for start in range(0, cut, ALIKE)]
         rest += positions[cut:]
-    chunks = [part[start : start + BUCKET] for part in (full, rest) for start in range(0, len(part), BUCKET)]
-    return [Bucket(chunk, updates_of(rule, [jobs[position] for position in chunk])) for chunk in chunks]
+    return full + [rest[start : start + MIXED] for start in range(0, len(rest), MIXED)]
 
 
-def bounded_buckets(rule: Rule, jobs: Sequence[Job]) -> list[Bucket]:
-    """Jobs of one shape in portions of 64, 32, ..., 2 and 1: seven programs for a shape, whoever has a gradient."""
+def bounded_layout(members: Sequence[Member]) -> list[list[int]]:
+    """Members of one shape in portions of 64, 32, ..., 2 and 1: seven programs for a shape, whoever has a gradient."""
     result = []
-    for positions in _alike(jobs):
-        size = BUCKET
+    for positions in _alike(members):
+        size = ALIKE
         while positions:
             if len(positions) < size:
                 size //= 2
                 continue
-            chunk, positions = positions[:size], positions[size:]
-            result.append(Bucket(chunk, updates_of(rule, [jobs[p] for p in chunk], share_rows=False)))
+            result.append(positions[:size])
+            positions = positions[size:]
     return result
 
 
-def _alike(jobs: Sequence[Job]) -> list[list[int]]:
-    """Positions of jobs that compile alike, together."""
+def _alike(members: Sequence[Member]) -> list[list[int]]:
+    """Positions of members that compile alike, together."""
     alike: defaultdict[Any, list[int]] = defaultdict(list)
-    for position, job in enumerate(jobs):
-        alike[job.signature, job.kept.flags].append(position)
+    for position, member in enumerate(members):
+        alike[member.signature].append(position)
     return list(alike.values())
+
+
+def concrete(value: Any) -> Any:
+    """A Python number where that is possible; a tracer stays one."""
+    return value if isinstance(value, Tracer) else float(value)

@@ -1,7 +1,9 @@
 """The facade: every kind of parameters, every form of step, groups, errors, subclasses."""
 
 import copy
+import gc
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -1078,3 +1080,109 @@ def test_a_subclass_without_rule_and_step_says_what_it_lacks() -> None:
 
     with pytest.raises(NotImplementedError, match="Nothing must set `rule` or override step"):
         Nothing([jnp.ones(2)]).step([jnp.ones(2)])
+
+
+def _set_value(optimizer: Any) -> None:
+    optimizer.param_groups[0]["params"][0].value = jnp.array([5.0, -5.0])
+
+
+def _set_state(optimizer: Any) -> None:
+    optimizer.state[optimizer.param_groups[0]["params"][0]]["momentum_buffer"] = jnp.array([1.0, 2.0])
+
+
+def _replace_state(optimizer: Any) -> None:
+    optimizer.state[optimizer.param_groups[0]["params"][0]] = optim.optimizer.ParameterState(
+        {"momentum_buffer": jnp.array([1.0, 2.0])}
+    )
+
+
+def _forget_state(optimizer: Any) -> None:
+    del optimizer.state[optimizer.param_groups[0]["params"][0]]
+
+
+def _move_to_the_other_group(optimizer: Any) -> None:
+    first, second = optimizer.param_groups
+    second["params"].insert(0, first["params"].pop())
+
+
+def _reorder(optimizer: Any) -> None:
+    optimizer.param_groups[0]["params"].reverse()
+
+
+def _drop_from_the_group(optimizer: Any) -> None:
+    optimizer.param_groups[0]["params"].pop()
+
+
+def _no_momentum(optimizer: Any) -> None:
+    optimizer.param_groups[0]["momentum"] = 0
+
+
+def _other_rate(optimizer: Any) -> None:
+    optimizer.param_groups[1]["lr"] = 0.5
+
+
+def _read_state(optimizer: Any) -> None:
+    list(optimizer.state.values())[1]["momentum_buffer"]
+
+
+def _reload(optimizer: Any) -> None:
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _set_value,
+        _set_state,
+        _replace_state,
+        _forget_state,
+        _move_to_the_other_group,
+        _reorder,
+        _drop_from_the_group,
+        _no_momentum,
+        _other_rate,
+        _read_state,
+        _reload,
+    ],
+)
+def test_a_step_takes_over_nothing_that_has_changed(change: Any) -> None:
+    def make() -> Any:
+        boxes = [optim.Parameter(jnp.array([1.0, 2.0]) + k) for k in range(4)]
+        groups = [{"params": boxes[:2]}, {"params": boxes[2:], "lr": 0.2}]
+        return boxes, optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.1)
+
+    boxes, optimizer = make()
+    others, forgetful = make()
+    for index in range(6):
+        if index == 3:
+            change(optimizer)
+            change(forgetful)
+        for box, other in zip(boxes, others, strict=True):
+            box.grad = other.grad = jnp.sin(box.value)
+        optimizer.step()
+        forgetful._plan = None
+        forgetful.step()
+        for box, other in zip(boxes, others, strict=True):
+            np.testing.assert_array_equal(box.value, other.value)
+    for box, other in zip(boxes, others, strict=True):
+        ours, theirs = dict(optimizer.state.get(box, {})), dict(forgetful.state.get(other, {}))
+        assert ours.keys() == theirs.keys()
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_what_a_step_remembers_holds_no_array_that_is_of_no_use() -> None:
+    boxes = [optim.Parameter(jnp.array([1.0, 2.0]) + k) for k in range(2)]
+    optimizer = optim.Adam(boxes, lr=0.1)
+
+    def step(*with_gradient: int) -> None:
+        for index, box in enumerate(boxes):
+            box.grad = jnp.ones(2) if index in with_gradient else None
+        optimizer.step()
+
+    step(0, 1)
+    step(0, 1)
+    old = [weakref.ref(box.value) for box in boxes] + [weakref.ref(optimizer.state[boxes[0]]["exp_avg"])]
+    step(0)  # the other one is frozen from now on
+    step(0)
+    gc.collect()
+    assert [reference() is None for reference in old] == [True, False, True]
