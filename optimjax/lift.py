@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optimjax.rule import Hyperparameters, Numeric, Rule, apply, initial_slots
+from optimjax.rule import Hyperparameters, Numeric, Rule, apply_each, initial_slots
 from optimjax.tree import check_gradient, flatten_params, match, names
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def lift(rule: Rule, hyperparameters: Hyperparameters, values: Mapping[str, Any]
     flags = hyperparameters.fixed_flags(values)
     if rule.check is not None:
         rule.check(hyperparameters.hyper(values), flags)
-    fields = active_fields(rule, hyperparameters, flags)
+    fields = _all_fields(rule, hyperparameters, flags)
     state_type = _state_type(name, fields)
 
     def pack(step: Array, treedef: Any, slots: list[Any]) -> Any:
@@ -108,6 +108,8 @@ def lift(rule: Rule, hyperparameters: Hyperparameters, values: Mapping[str, Any]
     def init(params: Any) -> Any:
         """The state before the first update; see :class:`Algorithm`."""
         leaves, treedef = flatten_params(params)
+        for index, leaf in enumerate(leaves):
+            check_param(rule, leaf, lambda index=index: names(params)[index] or "params")
         step = jnp.zeros((), jnp.int32)
         hypers = _per_leaf(hyperparameters, values, params, step)
         slots = [initial_slots(rule, param, hyper, flags) for param, hyper in zip(leaves, hypers, strict=True)]
@@ -120,29 +122,57 @@ def lift(rule: Rule, hyperparameters: Hyperparameters, values: Mapping[str, Any]
         _check_overrides(hyperparameters, overrides)
         now = {**values, **overrides}
         flags = hyperparameters.fixed_flags(now)
-        if active_fields(rule, hyperparameters, flags) != fields:
+        if _all_fields(rule, hyperparameters, flags) != fields:
             raise ValueError(f"{overrides} would change which arrays the state has; set it where {name} is made")
         slots = unpack(treedef, state)
         step = state.step + 1
         hypers = _per_leaf(hyperparameters, now, params, state.step)
         scalars = {id(hyper): rule.scalars(step, hyper) for hyper in {id(h): h for h in hypers}.values()}
-        for index, (param, grad) in enumerate(zip(leaves, grad_leaves, strict=True)):
-            if grad is not None:
-                check_gradient(lambda index=index: names(params)[index] or "params", param, grad)
-                leaves[index], slots[index] = apply(rule, flags, param, grad, slots[index], scalars[id(hypers[index])])
+        present = [index for index, grad in enumerate(grad_leaves) if grad is not None]
+        for index in present:
+            check_gradient(lambda index=index: names(params)[index] or "params", leaves[index], grad_leaves[index])
+        updated = apply_each(
+            rule,
+            [flags] * len(present),
+            [leaves[index] for index in present],
+            [grad_leaves[index] for index in present],
+            [slots[index] for index in present],
+            [scalars[id(hypers[index])] for index in present],
+        )
+        for index, (param, slot) in zip(present, updated, strict=True):
+            leaves[index], slots[index] = param, slot
         return treedef.unflatten(leaves), pack(step, treedef, slots)
 
     return Algorithm(init, update)
 
 
 @functools.cache
-def active_fields(rule: Rule, hyperparameters: Hyperparameters, flags: Any) -> tuple[str, ...]:
-    """The slots that exist under these flags."""
+def active_fields(rule: Rule, hyperparameters: Hyperparameters, flags: Any, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """The slots that a parameter of this shape has under these flags."""
     kinds = hyperparameters.kinds.items()
     zeros = {key: (0.0,) * kind.length or 0.0 for key, kind in kinds if isinstance(kind, Numeric)}
     hyper = hyperparameters.hyper(zeros | flags._asdict())
-    slots = jax.eval_shape(lambda: rule.init(jnp.zeros(()), hyper, flags))
+    slots = jax.eval_shape(lambda: rule.init(jnp.zeros(shape), hyper, flags))
     return tuple(field for field, slot in slots._asdict().items() if slot is not None)
+
+
+def _all_fields(rule: Rule, hyperparameters: Hyperparameters, flags: Any) -> tuple[str, ...]:
+    """The slots that some parameter has: some algorithms keep others for matrices than for vectors."""
+    some = {field for shape in ((1,), (1, 1)) for field in active_fields(rule, hyperparameters, flags, shape)}
+    return tuple(field for field in rule.slots._fields if field in some)
+
+
+def check_param(rule: Rule, param: Array, name: Callable[[], str]) -> None:
+    """Raise where the algorithm cannot take a parameter; ``name`` is called only then.
+
+    Raises:
+      ValueError: as the rule says.
+    """
+    if rule.check_param is not None:
+        try:
+            rule.check_param(param)
+        except ValueError as error:
+            raise ValueError(f"{error} ({name()!r})") from None
 
 
 @functools.cache

@@ -221,10 +221,16 @@ def value_and_grad(
     return loss, aux, changed, total
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "cut", "updates"), donate_argnames="slots")
-def update_from_loss(
-    loss_fn: Callable[..., Any], cut: Cut, updates: Updates, differentiated: Any, traced: Any, slots: Any, rows: Any
+def _update_from_loss(
+    loss_fn: Callable[..., Any], cut: Cut, updates: Updates, slots: Any, differentiated: Any, traced: Any, rows: Any
 ) -> Any:
     """Value, gradient and update in one program: ``(slots, parameters, loss, changed)``, as :func:`update_each`."""
     loss, _, changed, grads = _evaluate(loss_fn, cut, False, differentiated, traced)
-    return *update_each(updates, differentiated, grads, slots, rows), loss, changed
+    return *update_each(updates, slots, differentiated, grads, rows), loss, changed
+
+
+_STATIC = ("loss_fn", "cut", "updates")
+update_from_loss = jax.jit(_update_from_loss, static_argnames=_STATIC, donate_argnames="slots")
+update_from_loss_in_place = jax.jit(
+    _update_from_loss, static_argnames=_STATIC, donate_argnames=("slots", "differentiated")
+)

@@ -17,12 +17,23 @@ from jax import Array
 
 from optimjax import state_dict as _state_dict
 from optimjax.hooks import Hooks, RemovableHandle, global_hooks
-from optimjax.lift import active_fields
-from optimjax.loss import Capture, update_from_loss, value_and_grad
+from optimjax.lift import active_fields, check_param
+from optimjax.loss import Capture, update_from_loss, update_from_loss_in_place, value_and_grad
 from optimjax.parameter import Parameter
 from optimjax.rule import Hyperparameters, Rule, initial_slots
 from optimjax.source import ModuleSource, Source, source_of
-from optimjax.step import Bucket, Member, ParameterState, Plan, bounded_layout, concrete, entries, layout, update_bucket
+from optimjax.step import (
+    Bucket,
+    Member,
+    ParameterState,
+    Plan,
+    bounded_layout,
+    concrete,
+    entries,
+    layout,
+    update_bucket,
+    update_bucket_in_place,
+)
 from optimjax.tree import check_gradient
 
 __all__ = [
@@ -59,9 +70,15 @@ class Optimizer:
     Raises:
       ValueError: nothing to optimize, a hyperparameter out of range, a parameter in two groups.
       TypeError: ``params`` is a single Parameter or a set; a value of the wrong type; an unknown option.
+
+    Attributes:
+      donate: set it to ``True`` (``optimizer.donate = True``) and a step updates the parameters in place, too, not only
+        the state: it needs no second copy of them. Arrays taken from ``params`` or from a module before a step are
+        then gone after it.
     """
 
     rule: ClassVar[Rule | None] = None
+    donate: bool = False
     hyperparameters: ClassVar[Hyperparameters]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -137,6 +154,9 @@ class Optimizer:
             if name not in ("params", "param_names", "initial_lr", "name"):
                 raise TypeError(f"unknown option {name!r}{where}: {type(self).__name__} knows {sorted(self.defaults)}")
         self._check(group, where)
+        if self.rule is not None:
+            for box in group["params"]:
+                check_param(self.rule, box.value, box.__str__)
 
         seen = {box for other in self.param_groups for box in other["params"]}
         if len(group["params"]) != len(set(group["params"])):
@@ -292,16 +312,18 @@ class Optimizer:
     def _update(self, pairs: Iterable[tuple[Parameter, Any]]) -> None:
         grads = {box: grad for box, grad in pairs if grad is not None}
         buckets, rows = self._planned(grads)
+        update = update_bucket_in_place if self.donate else update_bucket
         for bucket, row in zip(buckets, rows, strict=True):
             given = [grads[box] for box in bucket.boxes]
-            slots, params = update_bucket(bucket.updates, bucket.values, given, bucket.slots, row)
+            slots, params = update(bucket.updates, bucket.slots, bucket.values, given, row)
             bucket.commit(slots, params, self.state)
 
     def _update_from_loss(self, loss_fn: Callable[..., Any], args: tuple[Any, ...]) -> Array:
         call = self._capture(loss_fn, args)
         (bucket,), (row,) = self._planned(dict(zip(call.boxes, call.differentiated, strict=True)), together=True)
-        slots, params, loss, changed = update_from_loss(
-            loss_fn, call.cut, bucket.updates, call.differentiated, call.traced, bucket.slots, row
+        update = update_from_loss_in_place if self.donate else update_from_loss
+        slots, params, loss, changed = update(
+            loss_fn, call.cut, bucket.updates, bucket.slots, call.differentiated, call.traced, row
         )
         call.write_back(changed)
         bucket.commit(slots, params, self.state)
@@ -380,7 +402,7 @@ class Optimizer:
         if state.place is not None and state.place.flags == flags:
             return state.place.slots, state.place.step
         values = state.peek()
-        fields = active_fields(rule, self.hyperparameters, flags)
+        fields = active_fields(rule, self.hyperparameters, flags, param.shape)
         # device_put copies without compiling a copy for each shape, and keeps the sharding.
         seen = {name: jax.device_put(values[name], may_alias=False) for name in fields if name in values}
         complete = len(seen) == len(fields)

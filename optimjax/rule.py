@@ -11,8 +11,9 @@ is called: precision, complex numbers, ``maximize`` and the storage of slots are
 import functools
 import inspect
 import math
+import operator
 import typing
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
@@ -44,6 +45,7 @@ __all__ = [
     "Structural",
     "Switch",
     "apply",
+    "apply_each",
     "bias_correction",
     "initial_slots",
     "sqrt",
@@ -55,8 +57,8 @@ class Rule:
     """The arithmetic of one algorithm for one parameter.
 
     Attributes:
-      slots: a NamedTuple type, one field for each array kept for a parameter, named as in PyTorch's state dict.
-        Fields that the flags leave out are ``None``.
+      slots: a NamedTuple type, one field for each array kept for a parameter, named as in PyTorch's state dict, of any
+        shape. Fields that the flags, or the parameter's number of axes, leave out are ``None``.
       init: ``init(param, hyper, flags) -> slots``. ``hyper`` holds the resolved hyperparameters by name, ``flags`` the
         structural ones, and for each :data:`Switch` whether it is on.
       scalars: ``scalars(step, hyper) -> NamedTuple`` of numbers: all that depends only on the count and the
@@ -65,9 +67,12 @@ class Rule:
       update: ``update(param, grad, slots, scalars, flags) -> (param, slots)``. Real arrays of one shape, float32 or
         wider; scalars are zero-dimensional arrays or numbers.
       check: ``check(hyper, flags)`` raises ``ValueError`` for a combination of values that makes no sense.
+      check_param: ``check_param(param)`` raises ``ValueError`` for a parameter that the algorithm cannot take.
       counts_steps: whether PyTorch's state has ``step``. Where it has not, ``scalars`` may only tell the first update
         (1) from the later ones (2), which the facade knows by whether the slots exist.
       eager: whether PyTorch makes the state in the constructor, not at the first gradient.
+      batched: whether parameters of one shape are updated in one `jax.vmap` of ``update``: for matrix products.
+      sparse: whether gradients are row-sparse, and reach ``update`` as ``jax.experimental.sparse.BCOO``.
     """
 
     slots: Any  # a NamedTuple class; typing has no name for "any NamedTuple class"
@@ -75,8 +80,11 @@ class Rule:
     scalars: Callable[..., Any]
     update: Callable[..., tuple[Array, Any]]
     check: Callable[[Any, Any], None] | None = None
+    check_param: Callable[[Array], None] | None = None
     counts_steps: bool = True
     eager: bool = False
+    batched: bool = False
+    sparse: bool = False
 
 
 # --- Kinds of hyperparameters ---------------------------------------------------------------------------------------
@@ -286,24 +294,62 @@ def initial_slots(rule: Rule, param: Array, hyper: Any, flags: Any) -> Any:
 # --- The one place where a rule's arithmetic is called --------------------------------------------------------------
 
 
+def apply_each(
+    rule: Rule,
+    flags: Sequence[Any],
+    params: Sequence[Array],
+    grads: Sequence[Any],
+    slots: Sequence[Any],
+    scalars: Sequence[Any],
+) -> list[tuple[Array, Any]]:
+    """One update of each parameter: new parameters with their new slots."""
+    if not rule.batched:
+        return [apply(rule, *one) for one in zip(flags, params, grads, slots, scalars, strict=True)]
+    alike: defaultdict[Any, list[int]] = defaultdict(list)
+    for index, param in enumerate(params):
+        alike[param.shape, param.dtype, flags[index]].append(index)
+    results: list[Any] = [None] * len(params)
+    for (_, _, shared), members in alike.items():
+        parts = [(params[index], grads[index], slots[index], scalars[index]) for index in members]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+        updated = jax.vmap(functools.partial(apply, rule, shared))(*stacked)
+        for position, index in enumerate(members):
+            results[index] = jax.tree.map(operator.itemgetter(position), updated)
+    return results
+
+
 @functools.partial(jax.jit, static_argnames=("rule", "flags"))
-def apply(rule: Rule, flags: Any, param: Array, grad: Array, slots: Any, scalars: NamedTuple) -> tuple[Array, Any]:
+def apply(rule: Rule, flags: Any, param: Array, grad: Any, slots: Any, scalars: NamedTuple) -> tuple[Array, Any]:
     """One update of one parameter. Compiled, so that inside a larger program it is traced once for each shape.
 
     Arithmetic runs in float32 at least and results are cast last: a float16 parameter with zero gradients stays
     finite although 1e-8 is zero in float16. A complex parameter is its real and its imaginary part, side by side, as
-    PyTorch sees it; `jax.grad` returns the conjugate of PyTorch's gradient.
+    PyTorch sees it; `jax.grad` returns the conjugate of PyTorch's gradient. Slots that are real all the same (a count,
+    a product of betas) serve both parts.
     """
     if jnp.iscomplexobj(param):
-        real, imag = (
-            apply(rule, flags, part(param), part(gradient), jax.tree.map(part, slots), scalars)
-            for part, gradient in ((jnp.real, grad), (jnp.imag, jnp.conj(grad)))
+        (real, real_slots), (imag, imag_slots) = (
+            apply(
+                rule,
+                flags,
+                part(param),
+                _over_values(lambda g, part=part: part(jnp.conj(g)), grad),
+                jax.tree.map(lambda slot, part=part: part(slot) if jnp.iscomplexobj(slot) else slot, slots),
+                scalars,
+            )
+            for part in (jnp.real, jnp.imag)
         )
-        return jax.tree.map(jax.lax.complex, real, imag)
+        join = lambda old, re, im: jax.lax.complex(re, im) if jnp.iscomplexobj(old) else re  # noqa: E731
+        return jax.lax.complex(real, imag), jax.tree.map(join, slots, real_slots, imag_slots)
     widen = functools.partial(jnp.asarray, dtype=jnp.promote_types(param.dtype, jnp.float32))
     if getattr(flags, "maximize", False):
-        grad = -grad
+        grad = _over_values(jnp.negative, grad)
     new_param, new_slots = rule.update(
-        widen(param), widen(grad), jax.tree.map(widen, slots), jax.tree.map(widen, scalars), flags
+        widen(param), _over_values(widen, grad), jax.tree.map(widen, slots), jax.tree.map(widen, scalars), flags
     )
     return new_param.astype(param.dtype), jax.tree.map(lambda new, old: new.astype(old.dtype), new_slots, slots)
+
+
+def _over_values(function: Callable[[Array], Array], grad: Any) -> Any:
+    """The gradient with its values changed; a sparse one keeps its indices."""
+    return jax.tree.map(lambda x: function(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x, grad)

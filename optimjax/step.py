@@ -1,6 +1,5 @@
 """How a step of the facade runs: compiled programs, each for a bucket of parameters, and what is kept between steps."""
 
-import functools
 from collections import defaultdict
 from collections.abc import Mapping, MutableMapping, Sequence
 from operator import is_
@@ -12,7 +11,7 @@ from jax import Array
 from jax.core import Tracer
 
 from optimjax.parameter import Parameter
-from optimjax.rule import Rule, apply
+from optimjax.rule import Rule, apply_each
 
 __all__ = [
     "Bucket",
@@ -25,6 +24,7 @@ __all__ = [
     "entries",
     "layout",
     "update_bucket",
+    "update_bucket_in_place",
     "update_each",
 ]
 
@@ -125,21 +125,20 @@ class Updates:
         return self is other or (isinstance(other, Updates) and self._key == other._key)
 
 
-def update_each(updates: Updates, params: Any, grads: Any, slots: Any, rows: Any) -> tuple[list[Any], list[Array]]:
+def update_each(updates: Updates, slots: Any, params: Any, grads: Any, rows: Any) -> tuple[list[Any], list[Array]]:
     """New slots and new parameters.
 
     The slots come first, for JAX gives donated memory to the first outputs that fit: in the other order the
     parameters would take it, and every slot would be copied.
     """
     scalars = [updates.scalars(*row) for row in rows]
-    results = [
-        apply(updates.rule, updates.flags[row], param, grad, slot, scalars[row])
-        for row, param, grad, slot in zip(updates.rows, params, grads, slots, strict=True)
-    ]
+    flags = [updates.flags[row] for row in updates.rows]
+    results = apply_each(updates.rule, flags, params, grads, slots, [scalars[row] for row in updates.rows])
     return [slot for _, slot in results], [param for param, _ in results]
 
 
-update_bucket = functools.partial(jax.jit, static_argnames="updates", donate_argnames="slots")(update_each)
+update_bucket = jax.jit(update_each, static_argnames="updates", donate_argnames="slots")
+update_bucket_in_place = jax.jit(update_each, static_argnames="updates", donate_argnames=("slots", "params"))
 
 
 class Bucket:

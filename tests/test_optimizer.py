@@ -1186,3 +1186,97 @@ def test_what_a_step_remembers_holds_no_array_that_is_of_no_use() -> None:
     step(0)
     gc.collect()
     assert [reference() is None for reference in old] == [True, False, True]
+
+
+# --- Donation of the parameters -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_loss", [False, True])
+def test_donate_updates_parameters_in_place(by_loss: bool) -> None:
+    def loss(params: Any) -> Any:
+        return sum(jnp.sum(jnp.cos(value)) for value in params)
+
+    def make() -> Any:
+        return optim.Adam([jnp.arange(4.0), jnp.ones((2, 2)), jnp.ones((2, 2))], lr=0.1)
+
+    kept, donating = make(), make()
+    donating.donate = True
+    for _ in range(4):
+        before = {name: optimizer.params for name, optimizer in (("kept", kept), ("donating", donating))}
+        for optimizer in (kept, donating):
+            optimizer.step(loss) if by_loss else optimizer.step(jax.grad(loss)(optimizer.params))
+        assert not any(array.is_deleted() for array in before["kept"])
+        assert all(array.is_deleted() for array in before["donating"])
+        jax.tree.map(np.testing.assert_array_equal, kept.params, donating.params)
+
+
+def test_with_donate_a_compiled_step_needs_no_memory_of_its_own() -> None:
+    optimizer = optim.Adam([jnp.ones((256, 256)) for _ in range(3)], lr=0.1)
+    (bucket,), (row,) = optimizer._planned(dict.fromkeys(optimizer._parameters(), jnp.ones((256, 256))))
+    update = optim.step.update_bucket_in_place
+    compiled = update.lower(bucket.updates, bucket.slots, bucket.values, bucket.values, row).compile()
+    memory: Any = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 1000
+    assert memory.alias_size_in_bytes == 9 * 256 * 256 * 4
+
+
+# --- Rules that update parameters of one shape together, and rules that refuse some parameters ----------------------
+
+
+class Norms(NamedTuple):
+    norm: Any
+
+
+class Rate(NamedTuple):
+    lr: Any
+
+
+def _only_matrices(param: Any) -> None:
+    if param.ndim != 2:
+        raise ValueError(f"only matrices, got shape {param.shape}")
+
+
+class Batched(optim.Optimizer):
+    rule = Rule(
+        slots=Norms,
+        init=lambda param, hyper, flags: Norms(jnp.zeros((), param.dtype)),
+        scalars=lambda step, hyper: Rate(hyper.lr),
+        update=lambda param, grad, slots, scalars, flags: (
+            param - scalars.lr * (grad @ grad.T @ param),
+            Norms(slots.norm + jnp.sum(grad)),
+        ),
+        check_param=_only_matrices,
+        batched=True,
+    )
+
+    def __init__(self, params: Any, lr: LearningRate = 1e-3):
+        super().__init__(params, dict(lr=lr))
+
+
+def test_a_batched_rule_updates_each_parameter_by_its_own() -> None:
+    rng = np.random.default_rng(0)
+    params = [jnp.asarray(rng.normal(size=shape)) for shape in [(2, 3), (4, 2), (2, 3), (2, 3)]]
+    grads = [jnp.asarray(rng.normal(size=value.shape)) for value in params]
+    expected = [p - lr * (g @ g.T @ p) for p, g, lr in zip(params, grads, (0.1, 0.1, 0.1, 0.2), strict=True)]
+
+    optimizer = Batched([{"params": params[:3]}, {"params": params[3:], "lr": 0.2}], lr=0.1)
+    optimizer.step([grads[:3], grads[3:]])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), [*optimizer.params[0], *optimizer.params[1]], expected
+    )
+
+    algorithm = optim.functional.factory(Batched)(lr=[0.1, 0.1, 0.1, 0.2])
+    state = algorithm.init(params)
+    updated, state = jax.jit(algorithm.update)(params, [*grads[:1], None, *grads[2:]], state)
+    expected[1] = params[1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), updated, expected)
+    assert [float(norm) for norm in state.norm] == pytest.approx(
+        [float(jnp.sum(grads[0])), 0, *(float(jnp.sum(grad)) for grad in grads[2:])]
+    )
+
+
+def test_a_rule_that_refuses_a_parameter_names_it() -> None:
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    for make in (Batched, optim.functional.factory(Batched)().init):
+        with pytest.raises(ValueError, match=r"only matrices, got shape \(2,\) \('bias'\)"):
+            make(params)
