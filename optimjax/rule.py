@@ -27,6 +27,7 @@ from jax.core import Tracer
 __all__ = [
     "Beta",
     "Betas",
+    "BetasAlike",
     "Capturable",
     "Decay",
     "Differentiable",
@@ -41,6 +42,7 @@ __all__ = [
     "Number",
     "Numeric",
     "Rule",
+    "Share",
     "Skippable",
     "Structural",
     "Switch",
@@ -96,26 +98,30 @@ class Numeric:
 
     Attributes:
       minimum: smallest legal value, inclusive.
+      maximum: largest legal value, inclusive.
       below: the value must be smaller than this.
       label: how PyTorch's message calls it, after "Invalid"; ``"<name> value"`` unless given.
       length: 0 for one number, n for a tuple of n.
+      alike: the facade, as PyTorch's Adam, takes a tuple of numbers or one of arrays, none of both.
       switch: a plain zero leaves a part of the algorithm out, with its slots (``momentum=0`` keeps no buffer).
       skip: a plain zero leaves arithmetic out in the functional core. The facade keeps it, for its groups may be
         edited at any time and that must not recompile.
     """
 
     minimum: float = -math.inf
+    maximum: float = math.inf
     below: float = math.inf
     label: str | None = None
     length: int = 0
+    alike: bool = False
     switch: bool = False
     skip: bool = False
 
     def is_value(self, value: Any) -> bool:
         """Whether this is one value for all parameters, not a tree of values."""
         if not self.length or callable(value):
-            return _is_scalar(value)
-        return isinstance(value, (tuple, list)) and len(value) == self.length and all(map(_is_scalar, value))
+            return _is_number(value)
+        return isinstance(value, (tuple, list)) and len(value) == self.length and all(map(_is_number, value))
 
     def check(self, name: str, value: Any) -> None:
         """Raise for a value out of range; a tracer or a schedule cannot be judged and passes."""
@@ -123,17 +129,21 @@ class Numeric:
             wanted = f"a tuple of {self.length} numbers" if self.length else "a number"
             raise TypeError(f"{name} must be {wanted}, an array or a schedule, got {value!r}")
         for index, item in enumerate(value if isinstance(value, (tuple, list)) else [value]):
-            if callable(item) or isinstance(item, Tracer):
+            if callable(item):
                 continue
-            if np.size(item) and not bool(np.all((self.minimum <= np.asarray(item)) & (np.asarray(item) < self.below))):
+            if np.size(item) != 1:
+                element = f"{name}[{index}]" if self.length else name
+                raise ValueError(f"Tensor {element} must be 1-element, got shape {np.shape(item)}")
+            if not isinstance(item, Tracer) and not (self.minimum <= item <= self.maximum and item < self.below):
                 label = self.label or f"{name} value"
                 raise ValueError(f"Invalid {label.format(index=index)}: {item}")
 
     def resolve(self, value: Any, count: Any) -> Any:
-        """The number itself where a schedule stands for it."""
+        """The number itself where a schedule or an array of one element stands for it."""
         if isinstance(value, (tuple, list)):
-            return tuple(item(count) if callable(item) else item for item in value)
-        return value(count) if callable(value) else value
+            return tuple(self.resolve(item, count) for item in value)
+        value = value(count) if callable(value) else value
+        return value.reshape(()) if np.ndim(value) else value
 
 
 @dataclass(frozen=True)
@@ -167,11 +177,12 @@ Epsilon = Annotated[_Value, Numeric(minimum=0, label="epsilon value")]
 Decay = Annotated[_Value, Numeric(minimum=0, skip=True)]
 Switch = Annotated[_Value, Numeric(minimum=0, switch=True)]
 Skippable = Annotated[_Value, Numeric(skip=True)]
+Share = Annotated[_Value, Numeric(minimum=0, maximum=1)]
 Beta = Annotated[_Value, Numeric(minimum=0, below=1)]
-Betas = Annotated[
-    tuple[_Value, _Value] | Mapping[Any, Any],
-    Numeric(minimum=0, below=1, length=2, label="beta parameter at index {index}"),
-]
+_Betas = tuple[_Value, _Value] | Mapping[Any, Any]
+_BETA = "beta parameter at index {index}"
+Betas = Annotated[_Betas, Numeric(minimum=0, below=1, length=2, label=_BETA)]
+BetasAlike = Annotated[_Betas, Numeric(minimum=0, below=1, length=2, label=_BETA, alike=True)]
 Flag = Annotated[bool, Structural()]
 Foreach = Annotated[bool | None, Ignored()]
 Fused = Annotated[bool | None, Ignored()]
@@ -179,11 +190,13 @@ Capturable = Annotated[bool, Ignored()]
 Differentiable = Annotated[bool, Ignored()]
 
 
-def _is_scalar(value: Any) -> bool:
-    """A number, a zero-dimensional array, or a schedule that stands for one."""
-    return callable(value) or (
-        isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)) and np.ndim(value) == 0
-    )
+def _is_number(value: Any) -> bool:
+    """A number, an array that may hold one, or a schedule that stands for one."""
+    return callable(value) or isinstance(value, (int, float, np.generic, np.ndarray, jax.Array))
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (np.ndarray, jax.Array))
 
 
 def _is_on(value: Any) -> bool:
@@ -220,6 +233,8 @@ class Hyperparameters:
         for name, kind in self.kinds.items():
             if name in values:
                 kind.check(name, values[name])
+                if isinstance(kind, Numeric) and kind.alike and len(set(map(_is_array, values[name]))) > 1:
+                    raise ValueError(f"{name} must be either both floats or both Tensors, got {values[name]}")
         if rule is not None and rule.check is not None:
             rule.check(self.hyper(values), self.fixed_flags(values))
 
@@ -242,9 +257,9 @@ class Hyperparameters:
 
 def _kind_of(default: Any) -> Kind:
     """The kind of an argument that a class written elsewhere did not annotate."""
-    if isinstance(default, (tuple, list)) and default and all(map(_is_scalar, default)):
+    if isinstance(default, (tuple, list)) and default and all(map(_is_number, default)):
         return Numeric(length=len(default))
-    if default is inspect.Parameter.empty or (_is_scalar(default) and not isinstance(default, bool)):
+    if default is inspect.Parameter.empty or (_is_number(default) and not isinstance(default, bool)):
         return Numeric()
     return Structural()
 

@@ -290,5 +290,7 @@ def _alike(members: Sequence[Member]) -> list[list[int]]:
 
 
 def concrete(value: Any) -> Any:
-    """A Python number where that is possible; a tracer stays one."""
+    """A Python number where that is possible; a tracer stays one. An array has one element."""
+    if getattr(value, "ndim", 0):
+        value = value.reshape(())
     return value if isinstance(value, Tracer) else float(value)

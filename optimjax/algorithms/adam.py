@@ -28,7 +28,7 @@ from jax import Array
 from optimjax.lift import factory
 from optimjax.optimizer import Optimizer
 from optimjax.rule import (
-    Betas,
+    BetasAlike,
     Capturable,
     Decay,
     Differentiable,
@@ -145,7 +145,7 @@ class Adam(Optimizer):
         self,
         params: Any,
         lr: LearningRate = 1e-3,
-        betas: Betas = (0.9, 0.999),
+        betas: BetasAlike = (0.9, 0.999),
         eps: Epsilon = 1e-8,
         weight_decay: Decay = 0,
         amsgrad: Flag = False,

@@ -14,7 +14,7 @@ from typing import Any
 
 from optimjax.algorithms.adam import Adam
 from optimjax.lift import factory
-from optimjax.rule import Betas, Capturable, Decay, Differentiable, Epsilon, Flag, Foreach, Fused, LearningRate
+from optimjax.rule import BetasAlike, Capturable, Decay, Differentiable, Epsilon, Flag, Foreach, Fused, LearningRate
 
 __all__ = ["AdamW", "adamw"]
 
@@ -46,7 +46,7 @@ class AdamW(Adam):
         self,
         params: Any,
         lr: LearningRate = 1e-3,
-        betas: Betas = (0.9, 0.999),
+        betas: BetasAlike = (0.9, 0.999),
         eps: Epsilon = 1e-8,
         weight_decay: Decay = 1e-2,
         amsgrad: Flag = False,
