@@ -109,7 +109,7 @@ def lift(rule: Rule, hyperparameters: Hyperparameters, values: Mapping[str, Any]
         """The state before the first update; see :class:`Algorithm`."""
         leaves, treedef = flatten_params(params)
         for index, leaf in enumerate(leaves):
-            check_param(rule, leaf, lambda index=index: names(params)[index] or "params")
+            check_param(rule, leaf, flags, lambda index=index: names(params)[index] or "params")
         step = jnp.zeros((), jnp.int32)
         hypers = _per_leaf(hyperparameters, values, params, step)
         slots = [initial_slots(rule, param, hyper, flags) for param, hyper in zip(leaves, hypers, strict=True)]
@@ -162,17 +162,17 @@ def _all_fields(rule: Rule, hyperparameters: Hyperparameters, flags: Any) -> tup
     return tuple(field for field in rule.slots._fields if field in some)
 
 
-def check_param(rule: Rule, param: Array, name: Callable[[], str]) -> None:
+def check_param(rule: Rule, param: Array, flags: Any, name: Callable[[], str]) -> None:
     """Raise where the algorithm cannot take a parameter; ``name`` is called only then.
 
     Raises:
-      ValueError: as the rule says.
+      ValueError, RuntimeError: as the rule says.
     """
     if rule.check_param is not None:
         try:
-            rule.check_param(param)
-        except ValueError as error:
-            raise ValueError(f"{error} ({name()!r})") from None
+            rule.check_param(param, flags)
+        except (ValueError, RuntimeError) as error:
+            raise type(error)(f"{error} ({name()!r})") from None
 
 
 @functools.cache

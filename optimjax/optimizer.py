@@ -155,8 +155,9 @@ class Optimizer:
                 raise TypeError(f"unknown option {name!r}{where}: {type(self).__name__} knows {sorted(self.defaults)}")
         self._check(group, where)
         if self.rule is not None:
+            flags = self.hyperparameters.flags(group)
             for box in group["params"]:
-                check_param(self.rule, box.value, box.__str__)
+                check_param(self.rule, box.value, flags, box.__str__)
 
         seen = {box for other in self.param_groups for box in other["params"]}
         if len(group["params"]) != len(set(group["params"])):

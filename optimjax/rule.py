@@ -69,7 +69,7 @@ class Rule:
       update: ``update(param, grad, slots, scalars, flags) -> (param, slots)``. Real arrays of one shape, float32 or
         wider; scalars are zero-dimensional arrays or numbers.
       check: ``check(hyper, flags)`` raises ``ValueError`` for a combination of values that makes no sense.
-      check_param: ``check_param(param)`` raises ``ValueError`` for a parameter that the algorithm cannot take.
+      check_param: ``check_param(param, flags)`` raises PyTorch's error for a parameter that the algorithm cannot take.
       counts_steps: whether PyTorch's state has ``step``. Where it has not, ``scalars`` may only tell the first update
         (1) from the later ones (2), which the facade knows by whether the slots exist.
       eager: whether PyTorch makes the state in the constructor, not at the first gradient.
@@ -82,7 +82,7 @@ class Rule:
     scalars: Callable[..., Any]
     update: Callable[..., tuple[Array, Any]]
     check: Callable[[Any, Any], None] | None = None
-    check_param: Callable[[Array], None] | None = None
+    check_param: Callable[[Array, Any], None] | None = None
     counts_steps: bool = True
     eager: bool = False
     batched: bool = False
@@ -100,7 +100,7 @@ class Numeric:
       minimum: smallest legal value, inclusive.
       maximum: largest legal value, inclusive.
       below: the value must be smaller than this.
-      label: how PyTorch's message calls it, after "Invalid"; ``"<name> value"`` unless given.
+      message: PyTorch's for a value out of range; it may contain ``{name}``, ``{index}`` and ``{value}``.
       length: 0 for one number, n for a tuple of n.
       alike: the facade, as PyTorch's Adam, takes a tuple of numbers or one of arrays, none of both.
       switch: a plain zero leaves a part of the algorithm out, with its slots (``momentum=0`` keeps no buffer).
@@ -111,7 +111,7 @@ class Numeric:
     minimum: float = -math.inf
     maximum: float = math.inf
     below: float = math.inf
-    label: str | None = None
+    message: str = "Invalid {name} value: {value}"
     length: int = 0
     alike: bool = False
     switch: bool = False
@@ -135,8 +135,7 @@ class Numeric:
                 element = f"{name}[{index}]" if self.length else name
                 raise ValueError(f"Tensor {element} must be 1-element, got shape {np.shape(item)}")
             if not isinstance(item, Tracer) and not (self.minimum <= item <= self.maximum and item < self.below):
-                label = self.label or f"{name} value"
-                raise ValueError(f"Invalid {label.format(index=index)}: {item}")
+                raise ValueError(self.message.format(name=name, index=index, value=item))
 
     def resolve(self, value: Any, count: Any) -> Any:
         """The number itself where a schedule or an array of one element stands for it."""
@@ -172,17 +171,17 @@ _Value = float | Array | np.ndarray | np.generic | Callable[[Any], Any] | Mappin
 
 Number = Annotated[_Value, Numeric()]
 NonNegative = Annotated[_Value, Numeric(minimum=0)]
-LearningRate = Annotated[_Value, Numeric(minimum=0, label="learning rate")]
-Epsilon = Annotated[_Value, Numeric(minimum=0, label="epsilon value")]
+LearningRate = Annotated[_Value, Numeric(minimum=0, message="Invalid learning rate: {value}")]
+Epsilon = Annotated[_Value, Numeric(minimum=0, message="Invalid epsilon value: {value}")]
 Decay = Annotated[_Value, Numeric(minimum=0, skip=True)]
 Switch = Annotated[_Value, Numeric(minimum=0, switch=True)]
 Skippable = Annotated[_Value, Numeric(skip=True)]
 Share = Annotated[_Value, Numeric(minimum=0, maximum=1)]
 Beta = Annotated[_Value, Numeric(minimum=0, below=1)]
 _Betas = tuple[_Value, _Value] | Mapping[Any, Any]
-_BETA = "beta parameter at index {index}"
-Betas = Annotated[_Betas, Numeric(minimum=0, below=1, length=2, label=_BETA)]
-BetasAlike = Annotated[_Betas, Numeric(minimum=0, below=1, length=2, label=_BETA, alike=True)]
+_BETA = "Invalid beta parameter at index {index}: {value}"
+Betas = Annotated[_Betas, Numeric(minimum=0, below=1, length=2, message=_BETA)]
+BetasAlike = Annotated[_Betas, Numeric(minimum=0, below=1, length=2, message=_BETA, alike=True)]
 Flag = Annotated[bool, Structural()]
 Foreach = Annotated[bool | None, Ignored()]
 Fused = Annotated[bool | None, Ignored()]

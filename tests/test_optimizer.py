@@ -1231,7 +1231,7 @@ class Rate(NamedTuple):
     lr: Any
 
 
-def _only_matrices(param: Any) -> None:
+def _only_matrices(param: Any, flags: Any) -> None:
     if param.ndim != 2:
         raise ValueError(f"only matrices, got shape {param.shape}")
 
