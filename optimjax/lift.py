@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from optimjax.rule import Hyperparameters, Numeric, Rule, apply_each, initial_slots
+from optimjax.sparse import is_sparse
 from optimjax.tree import check_gradient, flatten_params, match, names
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def factory(cls: "Callable[Concatenate[Any, P], Optimizer]") -> Callable[P, Algo
 
     def make(*args: P.args, **kwargs: P.kwargs) -> Algorithm:
         defaults = optimizer_class._defaults_of(*args, **kwargs)
-        return lift(optimizer_class.rule, optimizer_class.hyperparameters, defaults, optimizer_class.__name__)
+        return optimizer_class._algorithm(defaults)
 
     make.__name__ = make.__qualname__ = optimizer_class.__name__.lower()
     make.__module__ = optimizer_class.__module__
@@ -119,7 +120,7 @@ def lift(rule: Rule, hyperparameters: Hyperparameters, values: Mapping[str, Any]
         """One update of every parameter; see :class:`Algorithm`."""
         leaves, treedef = flatten_params(params)
         grad_leaves = match(treedef, grads, lambda: names(params))
-        _check_overrides(hyperparameters, overrides)
+        check_overrides(hyperparameters, overrides)
         now = {**values, **overrides}
         flags = hyperparameters.fixed_flags(now)
         if _all_fields(rule, hyperparameters, flags) != fields:
@@ -130,7 +131,9 @@ def lift(rule: Rule, hyperparameters: Hyperparameters, values: Mapping[str, Any]
         scalars = {id(hyper): rule.scalars(step, hyper) for hyper in {id(h): h for h in hypers}.values()}
         present = [index for index, grad in enumerate(grad_leaves) if grad is not None]
         for index in present:
-            check_gradient(lambda index=index: names(params)[index] or "params", leaves[index], grad_leaves[index])
+            leaf_name = lambda index=index: names(params)[index] or "params"  # noqa: E731
+            check_gradient(leaf_name, leaves[index], grad_leaves[index])
+            check_layout(rule, name, grad_leaves[index], leaf_name)
         updated = apply_each(
             rule,
             [flags] * len(present),
@@ -150,7 +153,7 @@ def lift(rule: Rule, hyperparameters: Hyperparameters, values: Mapping[str, Any]
 def active_fields(rule: Rule, hyperparameters: Hyperparameters, flags: Any, shape: tuple[int, ...]) -> tuple[str, ...]:
     """The slots that a parameter of this shape has under these flags."""
     kinds = hyperparameters.kinds.items()
-    zeros = {key: (0.0,) * kind.length or 0.0 for key, kind in kinds if isinstance(kind, Numeric)}
+    zeros = {key: (0.0,) * len(kind.items) or 0.0 for key, kind in kinds if isinstance(kind, Numeric)}
     hyper = hyperparameters.hyper(zeros | flags._asdict())
     slots = jax.eval_shape(lambda: rule.init(jnp.zeros(shape), hyper, flags))
     return tuple(field for field, slot in slots._asdict().items() if slot is not None)
@@ -173,6 +176,17 @@ def check_param(rule: Rule, param: Array, flags: Any, name: Callable[[], str]) -
             rule.check_param(param, flags)
         except (ValueError, RuntimeError) as error:
             raise type(error)(f"{error} ({name()!r})") from None
+
+
+def check_layout(rule: Rule, algorithm: str, grad: Any, name: Callable[[], str]) -> None:
+    """Raise where a gradient is sparse and the algorithm takes dense ones, or the other way round.
+
+    Raises:
+      RuntimeError: PyTorch's message.
+    """
+    if is_sparse(grad) != rule.sparse:
+        layout, other = ("dense", "Adam") if rule.sparse else ("sparse", "SparseAdam")
+        raise RuntimeError(f"{algorithm} does not support {layout} gradients, please consider {other} instead ({name()!r})")
 
 
 @functools.cache
@@ -198,7 +212,8 @@ def _check(hyperparameters: Hyperparameters, key: str, value: Any) -> None:
         kind.check(key, value)
 
 
-def _check_overrides(hyperparameters: Hyperparameters, overrides: Mapping[str, Any]) -> None:
+def check_overrides(hyperparameters: Hyperparameters, overrides: Mapping[str, Any]) -> None:
+    """Raise for a keyword of ``update`` that is no numeric hyperparameter, or out of range."""
     for key, value in overrides.items():
         if key not in hyperparameters.numeric:
             raise TypeError(

@@ -17,11 +17,12 @@ from jax import Array
 
 from optimjax import state_dict as _state_dict
 from optimjax.hooks import Hooks, RemovableHandle, global_hooks
-from optimjax.lift import active_fields, check_param
+from optimjax.lift import Algorithm, active_fields, check_layout, check_param, lift
 from optimjax.loss import Capture, update_from_loss, update_from_loss_in_place, value_and_grad
 from optimjax.parameter import Parameter
 from optimjax.rule import Hyperparameters, Rule, initial_slots
 from optimjax.source import ModuleSource, Source, source_of
+from optimjax.sparse import zeros_like
 from optimjax.step import (
     Bucket,
     Member,
@@ -95,11 +96,11 @@ class Optimizer:
         self.param_groups: list[dict[str, Any]] = []
         self._hooks = Hooks()
         self._sources: list[Source] = []
-        # For lr_scheduler: whether one is attached and step() has been called since; the learning rates of the last
-        # loaded state, and those that building a scheduler has put in their place.
+        # For lr_scheduler: whether one is attached and step() has been called since; the groups of the last loaded
+        # state, and what building schedulers has put in place of their values.
         self._scheduled = self._step_called = False
-        self._loaded_rates: list[Any] | None = None
-        self._built_rates: list[Any] | None = None
+        self._loaded: list[dict[str, Any]] | None = None
+        self._built: list[dict[str, Any]] = []
         self._in_step = False
         self._plan: Plan | None = None
         self._patterns: list[tuple[Any, list[list[int]]]] = []
@@ -128,6 +129,11 @@ class Optimizer:
         optimizer.__init__(_DEFAULTS_ONLY, *args, **kwargs)
         return optimizer.defaults
 
+    @classmethod
+    def _algorithm(cls, values: Mapping[str, Any]) -> Algorithm:
+        """The functional face, with the hyperparameters ``values``."""
+        return lift(cls._rule(), cls.hyperparameters, values, cls.__name__)
+
     # --- groups ---
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -151,7 +157,7 @@ class Optimizer:
         if source.names is not None:
             group["param_names"] = list(source.names)
         for name in param_group.keys() - self.hyperparameters.kinds.keys() - self.defaults.keys():
-            if name not in ("params", "param_names", "initial_lr", "name"):
+            if name not in ("params", "param_names", "name") and not name.startswith("initial_"):
                 raise TypeError(f"unknown option {name!r}{where}: {type(self).__name__} knows {sorted(self.defaults)}")
         self._check(group, where)
         if self.rule is not None:
@@ -210,7 +216,7 @@ class Optimizer:
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, or set those that exist to zero."""
         for box in self._parameters():
-            box.grad = None if set_to_none or box.grad is None else jnp.zeros_like(box.grad)
+            box.grad = None if set_to_none or box.grad is None else zeros_like(box.grad)
 
     def backward(self, loss_fn: Callable[..., Any], *args: Any, has_aux: bool = False) -> Any:
         """Differentiate ``loss_fn(optimizer.params, *args)`` and add the gradients into ``Parameter.grad``.
@@ -342,8 +348,9 @@ class Optimizer:
         resolved = [self._resolve(group, f" of param_groups[{i}]") for i, group in enumerate(self.param_groups)]
         hypers, flags = [hyper for hyper, _ in resolved], [flag for _, flag in resolved]
         sizes = [len(group["params"]) for group in self.param_groups]
+        leaves, structure = jax.tree.flatten(list(grads.values()))  # a sparse gradient has two
         try:
-            kinds = [grad.aval for grad in grads.values()]
+            kinds = structure, [leaf.aval for leaf in leaves]
         except AttributeError:  # not all are JAX arrays
             kinds = None
         key = together, sizes, flags, self._parameters(), list(grads), kinds
@@ -388,6 +395,7 @@ class Optimizer:
                 if (grad := grads.get(box)) is not None:
                     value = box.value
                     check_gradient(box.__str__, value, grad)
+                    check_layout(self._rule(), type(self).__name__, grad, box.__str__)
                     state = self.state.get(box)
                     state = ParameterState() if state is None else state
                     slots, step = self._prepared(value, state, hypers[index], flags[index])
@@ -417,16 +425,17 @@ class Optimizer:
         values = dict(group)
         for name in self.hyperparameters.numeric:
             try:
-                value = group[name]
-                values[name] = tuple(map(concrete, value)) if isinstance(value, (tuple, list)) else concrete(value)
+                kind: Any = self.hyperparameters.kinds[name]
+                values[name] = kind.over_numbers(concrete, group[name])
             except (TypeError, ValueError, KeyError) as error:
                 raise type(error)(f"{name}{where} is {group.get(name)!r}, which is no number: {error}") from None
         return self.hyperparameters.hyper(values), self.hyperparameters.flags(group)
 
-    def _rule(self) -> Rule:
-        if self.rule is None:
-            raise NotImplementedError(f"{type(self).__name__} must set `rule` or override step()")
-        return self.rule
+    @classmethod
+    def _rule(cls) -> Rule:
+        if cls.rule is None:
+            raise NotImplementedError(f"{cls.__name__} must set `rule` or override step()")
+        return cls.rule
 
     def _parameters(self) -> list[Parameter]:
         return [box for group in self.param_groups for box in group["params"]]
@@ -455,7 +464,7 @@ class Optimizer:
             raise ValueError(f"a state dict is a dict, got {type(state_dict).__name__}: {state_dict!r}")
         state_dict = self._hooks.replace("load_state_dict_pre", self, dict(state_dict))
         _state_dict.load(self, state_dict)
-        self._loaded_rates, self._built_rates = [group.get("lr") for group in self.param_groups], None
+        self._loaded, self._built = [dict(group) for group in self.param_groups], []
         self._hooks.notify("load_state_dict_post", self)
 
     def _slot_shapes(self, group: Mapping[str, Any], where: str) -> Callable[[Parameter], dict[str, Any]] | None:

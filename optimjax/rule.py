@@ -24,6 +24,8 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from optimjax.sparse import Entries, is_sparse
+
 __all__ = [
     "Beta",
     "Betas",
@@ -41,6 +43,7 @@ __all__ = [
     "NonNegative",
     "Number",
     "Numeric",
+    "Pair",
     "Rule",
     "Share",
     "Skippable",
@@ -74,7 +77,8 @@ class Rule:
         (1) from the later ones (2), which the facade knows by whether the slots exist.
       eager: whether PyTorch makes the state in the constructor, not at the first gradient.
       batched: whether parameters of one shape are updated in one `jax.vmap` of ``update``: for matrix products.
-      sparse: whether gradients are row-sparse, and reach ``update`` as ``jax.experimental.sparse.BCOO``.
+      sparse: whether gradients are sparse (``jax.experimental.sparse.BCOO``). ``update`` then gets only the entries
+        that the gradient names, of parameter, gradient and slots, and its arithmetic is that of a dense one.
     """
 
     slots: Any  # a NamedTuple class; typing has no name for "any NamedTuple class"
@@ -98,10 +102,13 @@ class Numeric:
 
     Attributes:
       minimum: smallest legal value, inclusive.
+      above: the value must be larger than this.
       maximum: largest legal value, inclusive.
       below: the value must be smaller than this.
-      message: PyTorch's for a value out of range; it may contain ``{name}``, ``{index}`` and ``{value}``.
-      length: 0 for one number, n for a tuple of n.
+      message: PyTorch's for a value out of range; it may contain ``{name}``, ``{value}`` and, for a number of a tuple,
+        ``{values}``, which is the tuple.
+      items: for a tuple, the kind of each of its numbers.
+      optional: in a tuple, ``None`` may stand in place of the number.
       alike: the facade, as PyTorch's Adam, takes a tuple of numbers or one of arrays, none of both.
       switch: a plain zero leaves a part of the algorithm out, with its slots (``momentum=0`` keeps no buffer).
       skip: a plain zero leaves arithmetic out in the functional core. The facade keeps it, for its groups may be
@@ -109,40 +116,61 @@ class Numeric:
     """
 
     minimum: float = -math.inf
+    above: float = -math.inf
     maximum: float = math.inf
     below: float = math.inf
     message: str = "Invalid {name} value: {value}"
-    length: int = 0
+    items: "tuple[Numeric, ...]" = ()
+    optional: bool = False
     alike: bool = False
     switch: bool = False
     skip: bool = False
 
     def is_value(self, value: Any) -> bool:
         """Whether this is one value for all parameters, not a tree of values."""
-        if not self.length or callable(value):
-            return _is_number(value)
-        return isinstance(value, (tuple, list)) and len(value) == self.length and all(map(_is_number, value))
+        if self.items and not callable(value):
+            return (
+                isinstance(value, (tuple, list))
+                and len(value) == len(self.items)
+                and all(kind.is_value(item) for kind, item in zip(self.items, value, strict=True))
+            )
+        return _is_number(value) or (self.optional and value is None)
 
     def check(self, name: str, value: Any) -> None:
         """Raise for a value out of range; a tracer or a schedule cannot be judged and passes."""
         if not self.is_value(value):
-            wanted = f"a tuple of {self.length} numbers" if self.length else "a number"
+            wanted = f"a tuple of {len(self.items)} numbers" if self.items else "a number"
             raise TypeError(f"{name} must be {wanted}, an array or a schedule, got {value!r}")
-        for index, item in enumerate(value if isinstance(value, (tuple, list)) else [value]):
-            if callable(item):
-                continue
-            if np.size(item) != 1:
-                element = f"{name}[{index}]" if self.length else name
-                raise ValueError(f"Tensor {element} must be 1-element, got shape {np.shape(item)}")
-            if not isinstance(item, Tracer) and not (self.minimum <= item <= self.maximum and item < self.below):
-                raise ValueError(self.message.format(name=name, index=index, value=item))
+        if self.items and not callable(value):
+            for index, (kind, item) in enumerate(zip(self.items, value, strict=True)):
+                kind._check_number(f"{name}[{index}]", item, value)
+        else:
+            self._check_number(name, value)
+
+    def _check_number(self, name: str, value: Any, values: Any = None) -> None:
+        if value is None or callable(value):
+            return
+        if np.size(value) != 1:
+            raise ValueError(f"Tensor {name} must be 1-element, got shape {np.shape(value)}")
+        if isinstance(value, Tracer):
+            return
+        if not (self.minimum <= value <= self.maximum and self.above < value < self.below):
+            raise ValueError(self.message.format(name=name, value=value, values=values))
+
+    def over_numbers(self, function: Callable[[Any], Any], value: Any) -> Any:
+        """``function`` of the number, or of each number of the tuple; ``None`` stays where it is optional."""
+        if self.items:
+            return tuple(kind.over_numbers(function, item) for kind, item in zip(self.items, value, strict=True))
+        return None if self.optional and value is None else function(value)
 
     def resolve(self, value: Any, count: Any) -> Any:
         """The number itself where a schedule or an array of one element stands for it."""
-        if isinstance(value, (tuple, list)):
-            return tuple(self.resolve(item, count) for item in value)
-        value = value(count) if callable(value) else value
-        return value.reshape(()) if np.ndim(value) else value
+
+        def number(value: Any) -> Any:
+            value = value(count) if callable(value) else value
+            return value.reshape(()) if np.ndim(value) else value
+
+        return self.over_numbers(number, value(count) if self.items and callable(value) else value)
 
 
 @dataclass(frozen=True)
@@ -178,10 +206,13 @@ Switch = Annotated[_Value, Numeric(minimum=0, switch=True)]
 Skippable = Annotated[_Value, Numeric(skip=True)]
 Share = Annotated[_Value, Numeric(minimum=0, maximum=1)]
 Beta = Annotated[_Value, Numeric(minimum=0, below=1)]
-_Betas = tuple[_Value, _Value] | Mapping[Any, Any]
-_BETA = "Invalid beta parameter at index {index}: {value}"
-Betas = Annotated[_Betas, Numeric(minimum=0, below=1, length=2, message=_BETA)]
-BetasAlike = Annotated[_Betas, Numeric(minimum=0, below=1, length=2, message=_BETA, alike=True)]
+_Pair = tuple[_Value, _Value] | Mapping[Any, Any]
+_BETAS = tuple(
+    Numeric(minimum=0, below=1, message=f"Invalid beta parameter at index {index}: {{value}}") for index in range(2)
+)
+Pair = Annotated[_Pair, Numeric(items=(Numeric(), Numeric()))]
+Betas = Annotated[_Pair, Numeric(items=_BETAS)]
+BetasAlike = Annotated[_Pair, Numeric(items=_BETAS, alike=True)]
 Flag = Annotated[bool, Structural()]
 Foreach = Annotated[bool | None, Ignored()]
 Fused = Annotated[bool | None, Ignored()]
@@ -224,8 +255,9 @@ class Hyperparameters:
         for name, parameter in list(inspect.signature(init).parameters.items())[2:]:  # after self, params
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 continue
+            # Of a kind within a kind, `Annotated[LearningRate, Numeric(...)]`, the outer one counts.
             declared = [m for m in getattr(hints.get(name), "__metadata__", ()) if isinstance(m, Kind)]
-            self.kinds[name] = declared[0] if declared else _kind_of(parameter.default)
+            self.kinds[name] = declared[-1] if declared else _kind_of(parameter.default)
 
     def check(self, values: Mapping[str, Any], rule: Rule | None) -> None:
         """Raise PyTorch's error for the first illegal value; keys that are no hyperparameters pass."""
@@ -257,7 +289,7 @@ class Hyperparameters:
 def _kind_of(default: Any) -> Kind:
     """The kind of an argument that a class written elsewhere did not annotate."""
     if isinstance(default, (tuple, list)) and default and all(map(_is_number, default)):
-        return Numeric(length=len(default))
+        return Numeric(items=(Numeric(),) * len(default))
     if default is inspect.Parameter.empty or (_is_number(default) and not isinstance(default, bool)):
         return Numeric()
     return Structural()
@@ -339,15 +371,22 @@ def apply(rule: Rule, flags: Any, param: Array, grad: Any, slots: Any, scalars: 
     Arithmetic runs in float32 at least and results are cast last: a float16 parameter with zero gradients stays
     finite although 1e-8 is zero in float16. A complex parameter is its real and its imaginary part, side by side, as
     PyTorch sees it; `jax.grad` returns the conjugate of PyTorch's gradient. Slots that are real all the same (a count,
-    a product of betas) serve both parts.
+    a product of betas) serve both parts. Of a sparse gradient only the entries that it names are updated, and nothing
+    else is read: the cost grows with them, not with the parameter.
     """
+    if is_sparse(grad):
+        entries = Entries(grad)
+        touched, touched_slots = apply(
+            rule, flags, entries.take(param), entries.values, jax.tree.map(entries.take, slots), scalars
+        )
+        return entries.put(param, touched), jax.tree.map(entries.put, slots, touched_slots)
     if jnp.iscomplexobj(param):
         (real, real_slots), (imag, imag_slots) = (
             apply(
                 rule,
                 flags,
                 part(param),
-                _over_values(lambda g, part=part: part(jnp.conj(g)), grad),
+                part(jnp.conj(grad)),
                 jax.tree.map(lambda slot, part=part: part(slot) if jnp.iscomplexobj(slot) else slot, slots),
                 scalars,
             )
@@ -357,13 +396,8 @@ def apply(rule: Rule, flags: Any, param: Array, grad: Any, slots: Any, scalars: 
         return jax.lax.complex(real, imag), jax.tree.map(join, slots, real_slots, imag_slots)
     widen = functools.partial(jnp.asarray, dtype=jnp.promote_types(param.dtype, jnp.float32))
     if getattr(flags, "maximize", False):
-        grad = _over_values(jnp.negative, grad)
+        grad = -grad
     new_param, new_slots = rule.update(
-        widen(param), _over_values(widen, grad), jax.tree.map(widen, slots), jax.tree.map(widen, scalars), flags
+        widen(param), widen(grad), jax.tree.map(widen, slots), jax.tree.map(widen, scalars), flags
     )
     return new_param.astype(param.dtype), jax.tree.map(lambda new, old: new.astype(old.dtype), new_slots, slots)
-
-
-def _over_values(function: Callable[[Array], Array], grad: Any) -> Any:
-    """The gradient with its values changed; a sparse one keeps its indices."""
-    return jax.tree.map(lambda x: function(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x, grad)
