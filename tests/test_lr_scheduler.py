@@ -467,7 +467,7 @@ def test_a_group_added_beside_a_list_of_lambdas() -> None:
     follow(optimizer, scheduler, 2)
     optimizer.add_param_group({"params": [jnp.ones(())], "lr": 1.0})
     before = rates_of(optimizer)
-    with pytest.raises(ValueError, match=r"append its function to scheduler\.lr_lambdas"):
+    with pytest.raises(ValueError, match=r"append its value to scheduler\.lr_lambdas"):
         scheduler.step()
     assert rates_of(optimizer) == before
     assert scheduler.last_epoch == 2

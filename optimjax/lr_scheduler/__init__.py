@@ -1,0 +1,52 @@
+"""Learning rate schedulers that write the groups of an optimizer, with PyTorch's names, signatures and values.
+
+Values are computed on the host in double precision by PyTorch's own (mostly recursive) formulas, so they agree float
+for float; a step of the optimizer afterwards compiles nothing. Any number of the groups can be scheduled, not only the
+learning rate: ``key="weight_decay"``. For the same as pure functions see :mod:`optimjax.schedules`.
+
+Differs from PyTorch:
+
+1. ``load_state_dict`` undoes what building the scheduler did to the groups, so that a run resumes exactly whether the
+   scheduler was built before or after the optimizer's state was loaded.
+2. A group added to the optimizer later is scheduled, from the learning rate that it was added with.
+3. ``SequentialLR`` and ``ChainedScheduler`` take ``ReduceLROnPlateau`` (``step(metric)``), and sequences and chains at
+   any place. A plateau scheduler whose turn comes begins at the base rate.
+4. A step that fails leaves schedulers and groups as they were.
+"""
+
+from optimjax.lr_scheduler.base import LRScheduler
+from optimjax.lr_scheduler.composed import ChainedScheduler, SequentialLR
+from optimjax.lr_scheduler.cosine import CosineAnnealingLR, CosineAnnealingWarmRestarts
+from optimjax.lr_scheduler.cycles import CyclicLR, OneCycleLR
+from optimjax.lr_scheduler.factors import (
+    ConstantLR,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    MultiplicativeLR,
+    MultiStepLR,
+    PolynomialLR,
+    StepLR,
+)
+from optimjax.lr_scheduler.plateau import ReduceLROnPlateau
+from optimjax.lr_scheduler.preview import preview
+
+__all__ = [
+    "ChainedScheduler",
+    "ConstantLR",
+    "CosineAnnealingLR",
+    "CosineAnnealingWarmRestarts",
+    "CyclicLR",
+    "ExponentialLR",
+    "LRScheduler",
+    "LambdaLR",
+    "LinearLR",
+    "MultiStepLR",
+    "MultiplicativeLR",
+    "OneCycleLR",
+    "PolynomialLR",
+    "ReduceLROnPlateau",
+    "SequentialLR",
+    "StepLR",
+    "preview",
+]

@@ -1,0 +1,181 @@
+"""Schedulers made of schedulers."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Any, SupportsFloat
+
+from optimjax.lr_scheduler.base import LRScheduler, Rate, building, nested, unless_it_fails, write
+from optimjax.optimizer import Optimizer
+
+__all__ = ["ChainedScheduler", "SequentialLR"]
+
+
+class _Composed(LRScheduler):
+    """What the two have in common: the schedulers inside, and their state dicts."""
+
+    takes_metric = True
+    _schedulers: Sequence[LRScheduler]
+
+    def _take(self, schedulers: Sequence[LRScheduler], optimizer: Optimizer | None) -> None:
+        name = type(self).__name__
+        if len(schedulers) < 1:
+            raise ValueError(f"{name} expects at least one scheduler, but got no scheduler.")
+        for index, scheduler in enumerate(schedulers):
+            if not hasattr(scheduler, "optimizer"):
+                raise TypeError(f"{name} at index {index} should have `optimizer` as its attribute, got {scheduler!r}")
+            optimizer = scheduler.optimizer if optimizer is None else optimizer
+            if scheduler.optimizer is not optimizer:
+                raise ValueError(
+                    f"{name} expects all schedulers to belong to the same optimizer, but got scheduler "
+                    f"{type(scheduler).__name__} at index {index} has {scheduler.optimizer}, which is different from "
+                    f"{type(optimizer).__name__}."
+                )
+        assert optimizer is not None  # there is a scheduler
+        self.optimizer = optimizer
+        self._schedulers = list(schedulers)
+
+    def _step_inner(self, scheduler: Any, metrics: SupportsFloat | None) -> None:
+        if scheduler.takes_metric:
+            scheduler.step(metrics)
+        else:
+            scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As :meth:`LRScheduler.state_dict`, with those of the schedulers inside."""
+        inner = [scheduler.state_dict() for scheduler in self._schedulers]
+        return super().state_dict() | {"_schedulers": inner}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As :meth:`LRScheduler.load_state_dict`, into the schedulers inside as well."""
+        for scheduler, saved in zip(self._schedulers, state_dict["_schedulers"], strict=True):
+            scheduler.load_state_dict(saved)
+        super().load_state_dict({name: value for name, value in state_dict.items() if name != "_schedulers"})
+
+
+class SequentialLR(_Composed):
+    """One scheduler after the other, each from the base learning rate on.
+
+    Args:
+      optimizer: the optimizer whose groups are written.
+      schedulers: in their order, all built for this optimizer; also ``ReduceLROnPlateau``, and sequences and chains.
+      milestones: the epochs at which the next one begins.
+      last_epoch: index of the last epoch done; -1 starts.
+
+    Raises:
+      ValueError: no scheduler, a wrong number of milestones, or another optimizer.
+      TypeError: not a scheduler.
+
+    >>> import jax.numpy as jnp, optimjax as optim
+    >>> from optimjax.lr_scheduler import ConstantLR, ExponentialLR, SequentialLR
+    >>> optimizer = optim.SGD([jnp.ones(2)], lr=1.0)
+    >>> warm_up = ConstantLR(optimizer, factor=0.5, total_iters=2)
+    >>> scheduler = SequentialLR(optimizer, [warm_up, ExponentialLR(optimizer, gamma=0.5)], milestones=[2])
+    >>> rates = [scheduler.get_last_lr()[0]]
+    >>> for epoch in range(4):
+    ...     optimizer.step([jnp.ones(2)])
+    ...     scheduler.step()
+    ...     rates.append(scheduler.get_last_lr()[0])
+    >>> rates
+    [0.5, 0.5, 1.0, 0.5, 0.25]
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        schedulers: Sequence[LRScheduler],
+        milestones: Sequence[int],
+        last_epoch: int = -1,
+    ):
+        self._take(schedulers, optimizer)
+        if len(milestones) != len(schedulers) - 1:
+            raise ValueError(
+                "Sequential Schedulers expects number of schedulers provided to be one more than the number of "
+                f"milestone points, but got number of schedulers {len(schedulers)} and the number of milestones to be "
+                f"equal to {len(milestones)}"
+            )
+        with building(optimizer):
+            self._milestones = list(milestones)
+            self.last_epoch = last_epoch + 1
+            # The schedulers have each taken a first step: undo these, and let the first one take it again.
+            for leaf in self._leaves():
+                for group in optimizer.param_groups:
+                    write(group, leaf.key, group.setdefault(leaf._initial, group[leaf.key]))
+                leaf.last_epoch -= 1
+            first = self._schedulers[bisect_right(self._milestones, 0)]
+            first._initial_step()
+            self._last_lr = first.get_last_lr()
+
+    def _leaves(self) -> list[LRScheduler]:
+        return [each for each in nested(self) if not isinstance(each, _Composed)]
+
+    def step(self, metrics: SupportsFloat | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Set the learning rates of the next epoch.
+
+        Args:
+          metrics: for a ``ReduceLROnPlateau`` whose turn it is.
+        """
+        with unless_it_fails(self):
+            self.last_epoch += 1
+            index = bisect_right(self._milestones, self.last_epoch)
+            scheduler = self._schedulers[index]
+            if index > 0 and self._milestones[index - 1] == self.last_epoch:
+                scheduler._restart()
+            else:
+                self._step_inner(scheduler, metrics)
+            self._last_lr = scheduler.get_last_lr()
+
+    def _restart(self) -> None:
+        self.last_epoch = 0
+        first = self._schedulers[bisect_right(self._milestones, 0)]
+        first._restart()
+        self._last_lr = first.get_last_lr()
+
+
+class ChainedScheduler(_Composed):
+    """Steps several schedulers together; each works on what those before it have left.
+
+    Args:
+      schedulers: in their order, all built for the same optimizer; also ``ReduceLROnPlateau``, and sequences and
+        chains.
+      optimizer: that optimizer; the first scheduler's unless given.
+
+    Raises:
+      ValueError: no scheduler, or another optimizer.
+      TypeError: not a scheduler.
+
+    >>> import jax.numpy as jnp, optimjax as optim
+    >>> from optimjax.lr_scheduler import ChainedScheduler, ConstantLR, ExponentialLR
+    >>> optimizer = optim.SGD([jnp.ones(2)], lr=1.0)
+    >>> constant = ConstantLR(optimizer, factor=0.5, total_iters=2)
+    >>> scheduler = ChainedScheduler([constant, ExponentialLR(optimizer, gamma=0.5)])
+    >>> rates = [scheduler.get_last_lr()[0]]
+    >>> for epoch in range(3):
+    ...     optimizer.step([jnp.ones(2)])
+    ...     scheduler.step()
+    ...     rates.append(scheduler.get_last_lr()[0])
+    >>> rates
+    [0.5, 0.25, 0.25, 0.125]
+    """
+
+    def __init__(self, schedulers: Sequence[LRScheduler], optimizer: Optimizer | None = None):
+        self._take(schedulers, optimizer)
+        self._last_lr: list[Rate] = self._schedulers[-1]._rates()
+
+    def step(self, metrics: SupportsFloat | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Set the learning rates of the next epoch.
+
+        Args:
+          metrics: for the ``ReduceLROnPlateau`` among them.
+        """
+        with unless_it_fails(self):
+            for scheduler in self._schedulers:
+                self._step_inner(scheduler, metrics)
+            self._last_lr = self._schedulers[-1]._rates()
+
+    def _initial_step(self) -> None:
+        self.step()
+
+    def _restart(self) -> None:
+        for scheduler in self._schedulers:
+            scheduler._restart()
+        self._last_lr = self._schedulers[-1]._rates()

@@ -1,0 +1,261 @@
+"""Schedulers that go up and down, and cycle the momentum the other way."""
+
+import types
+from collections.abc import Callable
+from typing import Any, Literal
+
+from optimjax import schedules
+from optimjax.lr_scheduler.base import LRScheduler, Rate, building, extended, per_group, write
+from optimjax.optimizer import Optimizer
+
+__all__ = ["CyclicLR", "OneCycleLR"]
+
+PerGroup = float | list[float]
+
+
+def _has_beta1(optimizer: Optimizer) -> bool:
+    """Whether it is the first of ``betas`` that is cycled, not ``momentum``."""
+    if "momentum" not in optimizer.defaults and "betas" not in optimizer.defaults:
+        raise ValueError("optimizer must support momentum or beta1 with `cycle_momentum` option enabled")
+    return "betas" in optimizer.defaults
+
+
+def _write_momentum(group: dict[str, Any], value: Any) -> None:
+    if "betas" in group:
+        group["betas"] = (value, *group["betas"][1:])
+    else:
+        write(group, "momentum", value)
+
+
+class CyclicLR(LRScheduler):
+    """Straight from ``base_lr`` up to ``max_lr`` and down again, over and over; for one call a batch.
+
+    Smith, "Cyclical learning rates for training neural networks", WACV 2017 (arXiv:1506.01186).
+
+    Args:
+      optimizer: the optimizer whose groups are written.
+      base_lr: the lowest rate, one or a list with one for each group.
+      max_lr: the highest rate of the first cycle, one or a list.
+      step_size_up: batches of the way up.
+      step_size_down: batches of the way down; as many unless given.
+      mode: ``"triangular"``: all cycles are equal; ``"triangular2"``: each is half as high as the last;
+        ``"exp_range"``: the height is times ``gamma`` for each batch.
+      gamma: see ``mode``.
+      scale_fn: in place of ``mode``: the height, by the number of the cycle (from 1) or of the batch.
+      scale_mode: ``"cycle"`` or ``"iterations"``: what ``scale_fn`` is called with.
+      cycle_momentum: whether ``momentum``, or the first of ``betas``, goes down as the rate goes up.
+      base_momentum: its lowest value, one or a list.
+      max_momentum: its highest value, one or a list.
+      last_epoch: index of the last batch done; -1 starts.
+      key: which number of the groups is scheduled.
+
+    Raises:
+      ValueError: an unknown mode, a list of another length than the groups, or no momentum to cycle.
+
+    >>> import jax.numpy as jnp, optimjax as optim
+    >>> optimizer = optim.SGD([jnp.ones(2)], lr=0.1, momentum=0.9)
+    >>> scheduler = optim.lr_scheduler.CyclicLR(optimizer, base_lr=0.1, max_lr=0.5, step_size_up=2)
+    >>> for batch in range(2):
+    ...     optimizer.step([jnp.ones(2)])
+    ...     scheduler.step()
+    >>> scheduler.get_last_lr(), optimizer.param_groups[0]["momentum"]
+    ([0.5], 0.8)
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        base_lr: PerGroup,
+        max_lr: PerGroup,
+        step_size_up: int = 2000,
+        step_size_down: int | None = None,
+        mode: Literal["triangular", "triangular2", "exp_range"] = "triangular",
+        gamma: float = 1.0,
+        scale_fn: Callable[[float], float] | None = None,
+        scale_mode: Literal["cycle", "iterations"] = "cycle",
+        cycle_momentum: bool = True,
+        base_momentum: PerGroup = 0.8,
+        max_momentum: PerGroup = 0.9,
+        last_epoch: int = -1,
+        *,
+        key: str = "lr",
+    ):
+        with building(optimizer):
+            base_lrs = per_group("base_lr", base_lr, optimizer)
+            if last_epoch == -1:
+                for group, rate in zip(optimizer.param_groups, base_lrs, strict=True):
+                    write(group, key, rate)
+            self.max_lrs = per_group("max_lr", max_lr, optimizer)
+            up = float(step_size_up)
+            self.total_size = up + (float(step_size_down) if step_size_down is not None else up)
+            self.step_ratio = up / self.total_size
+            _, self.scale_mode = schedules.cyclic_scale(mode, gamma, scale_fn, scale_mode)
+            self.mode = mode
+            self.gamma = gamma
+            self._scale_fn_custom = scale_fn
+            self.cycle_momentum = cycle_momentum
+            if cycle_momentum:
+                self.use_beta1 = _has_beta1(optimizer)
+                self.base_momentums = per_group("base_momentum", base_momentum, optimizer)
+                self.max_momentums = per_group("max_momentum", max_momentum, optimizer)
+                if last_epoch == -1:
+                    for index, group in enumerate(optimizer.param_groups):
+                        _write_momentum(group, self.max_momentums[index])
+                        group["max_momentum"] = self.max_momentums[index]
+                        group["base_momentum"] = self.base_momentums[index]
+            super().__init__(optimizer, last_epoch, key=key)
+            self.base_lrs = base_lrs
+
+    def get_lr(self) -> list[Rate]:
+        """The rates at this place of the cycle; writes the momentum."""
+        self._warn_outside_step()
+        if self.cycle_momentum:
+            pairs = zip(self.max_momentums, self.base_momentums, strict=True)
+            for group, (high, low) in zip(self.optimizer.param_groups, pairs, strict=True):
+                _write_momentum(group, self._between(high, low))
+        return [self._between(low, high) for low, high in zip(self.base_lrs, self.max_lrs, strict=True)]
+
+    def _between(self, value: Rate, peak: Rate) -> Rate:
+        scale, _ = schedules.cyclic_scale(self.mode, self.gamma, self._scale_fn_custom, self.scale_mode)
+        return schedules.triangle(
+            value, peak, self.last_epoch, self.total_size, self.step_ratio, scale, self.scale_mode
+        )
+
+    def _adopt_groups(self) -> None:
+        super()._adopt_groups()
+        groups = len(self.base_lrs)
+        self.max_lrs = extended("max_lrs", self.max_lrs, groups)
+        if self.cycle_momentum:
+            self.max_momentums = extended("max_momentums", self.max_momentums, groups)
+            self.base_momentums = extended("base_momentums", self.base_momentums, groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As :meth:`LRScheduler.state_dict`; of ``scale_fn`` only a callable object is saved, by its attributes."""
+        function = self._scale_fn_custom
+        saved = None if function is None or isinstance(function, types.FunctionType) else dict(vars(function))
+        return super().state_dict() | {"_scale_fn_custom": saved}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As :meth:`LRScheduler.load_state_dict`; saved attributes go into the present ``scale_fn``."""
+        super().load_state_dict({name: value for name, value in state_dict.items() if name != "_scale_fn_custom"})
+        if state_dict.get("_scale_fn_custom"):
+            vars(self._scale_fn_custom).update(state_dict["_scale_fn_custom"])
+
+
+class OneCycleLR(LRScheduler):
+    """Once up to ``max_lr`` and down to a small fraction of it; for one call a batch.
+
+    Smith, Topin, "Super-convergence: very fast training of neural networks using large learning rates", 2018
+    (arXiv:1708.07120).
+
+    Args:
+      optimizer: the optimizer whose groups are written.
+      max_lr: the highest rate, one or a list with one for each group.
+      total_steps: length of the cycle in batches; or
+      epochs, steps_per_epoch: whose product it is.
+      pct_start: share of the cycle that goes up.
+      anneal_strategy: ``"cos"`` or ``"linear"``.
+      cycle_momentum: whether ``momentum``, or the first of ``betas``, goes down as the rate goes up.
+      base_momentum: its lowest value, one or a list.
+      max_momentum: its highest value, one or a list.
+      div_factor: the first rate is ``max_lr / div_factor``.
+      final_div_factor: the last one is the first divided by this.
+      three_phase: whether the rate comes back to the first one, symmetrically, before the last phase.
+      last_epoch: index of the last batch done; -1 starts.
+      key: which number of the groups is scheduled.
+
+    Raises:
+      ValueError: no number of steps, a value out of range, no momentum to cycle, or more steps than there are.
+
+    >>> import jax.numpy as jnp, optimjax as optim
+    >>> optimizer = optim.Adam([jnp.ones(2)], lr=0.1)
+    >>> scheduler = optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=10)
+    >>> for batch in range(2):
+    ...     optimizer.step([jnp.ones(2)])
+    ...     scheduler.step()
+    >>> scheduler.get_last_lr(), optimizer.param_groups[0]["betas"]
+    ([1.0], (0.85, 0.999))
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        max_lr: PerGroup,
+        total_steps: int | None = None,
+        epochs: int | None = None,
+        steps_per_epoch: int | None = None,
+        pct_start: float = 0.3,
+        anneal_strategy: Literal["cos", "linear"] = "cos",
+        cycle_momentum: bool = True,
+        base_momentum: PerGroup = 0.85,
+        max_momentum: PerGroup = 0.95,
+        div_factor: float = 25.0,
+        final_div_factor: float = 1e4,
+        three_phase: bool = False,
+        last_epoch: int = -1,
+        *,
+        key: str = "lr",
+    ):
+        with building(optimizer):
+            self.total_steps = schedules.one_cycle_steps(total_steps, epochs, steps_per_epoch)
+            schedules.annealing(anneal_strategy)  # judges the argument
+            # Named as in PyTorch's state dict: each phase says which entries of a group it goes between.
+            initial, maximum, minimum = f"initial_{key}", f"max_{key}", f"min_{key}"
+            down = [(maximum, initial, "base_momentum", "max_momentum")] if three_phase else []
+            last = (initial if three_phase else maximum, minimum)
+            last += ("max_momentum",) * 2 if three_phase else ("base_momentum", "max_momentum")
+            ends = schedules.one_cycle_ends(self.total_steps, pct_start, three_phase)
+            names = ("start_lr", "end_lr", "start_momentum", "end_momentum")
+            self._schedule_phases = [
+                {"end_step": end, **dict(zip(names, phase, strict=True))}
+                for end, phase in zip(
+                    ends, [(initial, maximum, "max_momentum", "base_momentum"), *down, last], strict=True
+                )
+            ]
+            self._anneal_func_type = anneal_strategy
+            max_lrs = per_group("max_lr", max_lr, optimizer)
+            if last_epoch == -1:
+                for group, highest in zip(optimizer.param_groups, max_lrs, strict=True):
+                    group[initial] = highest / div_factor
+                    group[maximum] = highest
+                    group[minimum] = group[initial] / final_div_factor
+            self.cycle_momentum = cycle_momentum
+            if cycle_momentum:
+                self.use_beta1 = _has_beta1(optimizer)
+                bases = per_group("base_momentum", base_momentum, optimizer)
+                maxima = per_group("max_momentum", max_momentum, optimizer)
+                if last_epoch == -1:
+                    for group, low, high in zip(optimizer.param_groups, bases, maxima, strict=True):
+                        _write_momentum(group, high)
+                        group["max_momentum"], group["base_momentum"] = high, low
+            super().__init__(optimizer, last_epoch, key=key)
+
+    def get_lr(self) -> list[Rate]:
+        """The rates at this place of the cycle; writes the momentum."""
+        self._warn_outside_step()
+        count = self.last_epoch
+        if count > self.total_steps:
+            raise ValueError(f"Tried to step {count} times. The specified number of total steps is {self.total_steps}")
+        start, phase = 0.0, self._schedule_phases[0]
+        for phase in self._schedule_phases:
+            if count <= phase["end_step"] or phase is self._schedule_phases[-1]:
+                break
+            start = phase["end_step"]
+        share = (count - start) / (phase["end_step"] - start)
+        anneal = schedules.annealing(self._anneal_func_type)
+        groups = self.optimizer.param_groups
+        if self.cycle_momentum:
+            for group in groups:
+                ends = group[phase["start_momentum"]], group[phase["end_momentum"]]
+                _write_momentum(group, anneal(*ends, share))
+        return [anneal(group[phase["start_lr"]], group[phase["end_lr"]], share) for group in groups]
+
+    def _adopt_groups(self) -> None:
+        groups = self.optimizer.param_groups
+        names = {phase[name] for phase in self._schedule_phases for name in ("start_lr", "end_lr")}
+        names |= {"max_momentum", "base_momentum"} if self.cycle_momentum else set()
+        for name in sorted(names):
+            known = [group[name] for group in groups if name in group]
+            for group, value in zip(groups, extended(name, known, len(groups)), strict=True):
+                group.setdefault(name, value)
+        super()._adopt_groups()

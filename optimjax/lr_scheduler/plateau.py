@@ -1,0 +1,138 @@
+"""The scheduler that looks at a metric."""
+
+import math
+from typing import Literal, SupportsFloat
+
+from optimjax import schedules
+from optimjax.lr_scheduler.base import LRScheduler, building, extended, unless_it_fails, warn_of_epoch, write
+from optimjax.optimizer import Optimizer
+
+__all__ = ["ReduceLROnPlateau"]
+
+
+class ReduceLROnPlateau(LRScheduler):
+    """Cuts the learning rate when a metric has not improved for more than ``patience`` epochs.
+
+    Args:
+      optimizer: the optimizer whose groups are written.
+      mode: whether the metric shall become small (``"min"``) or large (``"max"``).
+      factor: of each cut, below 1.
+      patience: epochs without an improvement that are let pass.
+      threshold: what counts as an improvement.
+      threshold_mode: whether ``threshold`` is a share of the best metric (``"rel"``) or a difference (``"abs"``).
+      cooldown: epochs after a cut in which nothing is counted.
+      min_lr: no rate is cut below this, one or a list with one for each group.
+      eps: a cut by less than this is left out.
+      key: which number of the groups is scheduled.
+
+    Raises:
+      ValueError: the factor is not below 1, an unknown mode, or a list of another length than the groups.
+
+    >>> import jax.numpy as jnp, optimjax as optim
+    >>> optimizer = optim.SGD([jnp.ones(2)], lr=1.0)
+    >>> scheduler = optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=1)
+    >>> for loss in (3.0, 2.0, 2.0, 2.0):
+    ...     optimizer.step([jnp.ones(2)])
+    ...     scheduler.step(loss)
+    >>> scheduler.get_last_lr()
+    [0.5]
+    """
+
+    takes_metric = True
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        mode: Literal["min", "max"] = "min",
+        factor: float = 0.1,
+        patience: int = 10,
+        threshold: float = 1e-4,
+        threshold_mode: Literal["rel", "abs"] = "rel",
+        cooldown: int = 0,
+        min_lr: list[float] | float = 0,
+        eps: float = 1e-8,
+        *,
+        key: str = "lr",
+    ):
+        if factor >= 1.0:
+            raise ValueError(f"Factor should be < 1.0, got {factor}")
+        with building(optimizer):
+            self._schedule(optimizer, key)
+        groups = len(optimizer.param_groups)
+        if isinstance(min_lr, (list, tuple)):
+            if len(min_lr) != groups:
+                raise ValueError(f"expected {groups} min_lrs, got {len(min_lr)}")
+            self.default_min_lr = None
+            self.min_lrs = list(min_lr)
+        else:
+            self.default_min_lr = min_lr
+            self.min_lrs = [min_lr] * groups
+        schedules.improvement(mode, threshold, threshold_mode)  # judges the arguments
+        self.mode = mode
+        self.factor = factor
+        self.patience = patience
+        self.threshold = threshold
+        self.threshold_mode = threshold_mode
+        self.cooldown = cooldown
+        self.eps = eps
+        self.last_epoch = 0
+        self.mode_worse = math.inf if mode == "min" else -math.inf
+        self._last_lr = self._rates()
+        self._reset()
+
+    def _reset(self) -> None:
+        self.best = self.mode_worse
+        self.cooldown_counter = 0
+        self.num_bad_epochs = 0
+
+    @property
+    def in_cooldown(self) -> bool:
+        """Whether a cut was so recent that nothing is counted."""
+        return self.cooldown_counter > 0
+
+    def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Look at the metric of an epoch.
+
+        Args:
+          metrics: a number.
+          epoch: its index. Deprecated, as in PyTorch.
+        """
+        if epoch is not None:
+            warn_of_epoch()
+        current = float(metrics)
+        with unless_it_fails(self):
+            self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
+            if schedules.improvement(self.mode, self.threshold, self.threshold_mode)(current, self.best):
+                self.best = current
+                self.num_bad_epochs = 0
+            else:
+                self.num_bad_epochs += 1
+            if self.in_cooldown:
+                self.cooldown_counter -= 1
+                self.num_bad_epochs = 0
+            if self.num_bad_epochs > self.patience:
+                self._cut()
+                self.cooldown_counter = self.cooldown
+                self.num_bad_epochs = 0
+            self._last_lr = self._rates()
+
+    def _cut(self) -> None:
+        groups = self.optimizer.param_groups
+        self.min_lrs = extended("min_lrs", self.min_lrs, len(groups))
+        for group, lowest in zip(groups, self.min_lrs, strict=True):
+            old = float(group[self.key])
+            new = max(old * self.factor, lowest)
+            if old - new > self.eps:
+                write(group, self.key, new)
+
+    def _initial_step(self) -> None:
+        """In a sequence it has its turn first: nothing to set."""
+        self.last_epoch = 0
+
+    def _restart(self) -> None:
+        """In a sequence it is its turn: from the base rate, with nothing counted."""
+        for group in self.optimizer.param_groups:
+            write(group, self.key, group[self._initial])
+        self.last_epoch = 0
+        self._last_lr = self._rates()
+        self._reset()

@@ -1,0 +1,497 @@
+"""Schedules: pure functions ``count -> value``, for use inside ``jit``, ``scan`` and ``vmap``.
+
+A schedule may stand for any numeric hyperparameter of the functional core; update k (from 0) uses ``schedule(k)``.
+Each is the closed form of the scheduler of that name in :mod:`optimjax.lr_scheduler`, which computes its own
+closed form here. A Python count is answered in double precision; an array of JAX in its default precision.
+
+The first argument is the base value (PyTorch's ``lr`` of the group), a number or an array; the others are PyTorch's.
+
+>>> import jax.numpy as jnp, optimjax as optim
+>>> from optimjax import functional as F, schedules
+>>> adam = F.adam(lr=schedules.cosine_annealing(1e-3, T_max=100))
+>>> sgd = F.sgd(lr=0.1, momentum=schedules.linear(0.9, start_factor=0.5, total_iters=10))
+"""
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+__all__ = [
+    "Plateau",
+    "PlateauState",
+    "Schedule",
+    "constant",
+    "cosine_annealing",
+    "cosine_annealing_warm_restarts",
+    "cyclic",
+    "exponential",
+    "lambda_",
+    "linear",
+    "multi_step",
+    "multiplicative",
+    "one_cycle",
+    "polynomial",
+    "product",
+    "reduce_on_plateau",
+    "sequential",
+    "step",
+    "warmup",
+]
+
+Value = Any  # a number, an array or a tracer
+Schedule = Callable[[Any], Any]
+
+
+class _Math:
+    """The functions of NumPy that schedules use, for one Python number, in double precision and as PyTorch has them."""
+
+    cos = math.cos
+    floor = math.floor
+    minimum = min
+    maximum = max
+
+    @staticmethod
+    def where(condition: Any, yes: Any, no: Any) -> Any:
+        return yes if condition else no
+
+    @staticmethod
+    def searchsorted(values: Any, count: Any, side: str) -> int:
+        return (bisect_right if side == "right" else bisect_left)(values, count)
+
+    @staticmethod
+    def asarray(values: Any) -> Any:
+        return values.tolist()
+
+
+def _functions(count: Any) -> Any:
+    """Where the mathematical functions of a count come from."""
+    if isinstance(count, jax.Array):
+        return jnp
+    return np if isinstance(count, np.ndarray) else _Math
+
+
+def constant(value: Value, factor: float = 1.0 / 3, total_iters: int = 5) -> Schedule:
+    """``value * factor`` for ``total_iters`` counts, then ``value``, as ``ConstantLR``.
+
+    >>> [round(constant(0.4, factor=0.5, total_iters=2)(count), 3) for count in range(4)]
+    [0.2, 0.2, 0.4, 0.4]
+
+    Raises:
+      ValueError: the factor is not between 0 and 1.
+    """
+    if not 0 <= factor <= 1:
+        raise ValueError(f"Constant multiplicative factor expected to be between 0 and 1, got {factor}")
+    return lambda count: value * (factor + (count >= total_iters) * (1 - factor))
+
+
+def linear(value: Value, start_factor: float = 1.0 / 3, end_factor: float = 1.0, total_iters: int = 5) -> Schedule:
+    """From ``value * start_factor`` straight to ``value * end_factor`` in ``total_iters`` counts, as ``LinearLR``.
+
+    >>> [round(float(linear(0.4, start_factor=0.5, total_iters=2)(count)), 3) for count in range(4)]
+    [0.2, 0.3, 0.4, 0.4]
+
+    Raises:
+      ValueError: ``start_factor`` is not in (0, 1], or ``end_factor`` not in [0, 1].
+    """
+    if not 0 < start_factor <= 1:
+        raise ValueError(
+            "Starting multiplicative factor expected to be greater than 0 and less or equal to 1, "
+            f"got start_factor={start_factor}"
+        )
+    if not 0 <= end_factor <= 1:
+        raise ValueError(f"Ending multiplicative factor expected to be between 0 and 1, got end_factor={end_factor}")
+    rise = end_factor - start_factor
+    return lambda count: value * (start_factor + rise * _functions(count).minimum(total_iters, count) / total_iters)
+
+
+def step(value: Value, step_size: int, gamma: float = 0.1) -> Schedule:
+    """Times ``gamma`` every ``step_size`` counts, as ``StepLR``.
+
+    >>> [step(1.0, step_size=2, gamma=0.5)(count) for count in range(5)]
+    [1.0, 1.0, 0.5, 0.5, 0.25]
+    """
+    return lambda count: value * gamma ** (count // step_size)
+
+
+def multi_step(value: Value, milestones: Iterable[int], gamma: float = 0.1) -> Schedule:
+    """Times ``gamma`` at each milestone, as ``MultiStepLR``; one that is named twice counts twice.
+
+    >>> [float(multi_step(1.0, milestones=[1, 3], gamma=0.5)(count)) for count in range(5)]
+    [1.0, 0.5, 0.5, 0.25, 0.25]
+    """
+    ordered = np.sort(np.asarray(list(milestones), dtype=int))
+    return lambda count: value * gamma ** _functions(count).searchsorted(ordered, count, side="right")
+
+
+def exponential(value: Value, gamma: float) -> Schedule:
+    """Times ``gamma`` at every count, as ``ExponentialLR``.
+
+    >>> [exponential(1.0, gamma=0.5)(count) for count in range(3)]
+    [1.0, 0.5, 0.25]
+    """
+    return lambda count: value * gamma**count
+
+
+def polynomial(value: Value, total_iters: int = 5, power: float = 1.0) -> Schedule:
+    """From ``value`` to 0 in ``total_iters`` counts, as a power of the share that is left, as ``PolynomialLR``.
+
+    >>> [round(float(polynomial(1.0, total_iters=4, power=2.0)(count)), 4) for count in range(6)]
+    [1.0, 0.5625, 0.25, 0.0625, 0.0, 0.0]
+    """
+    return lambda count: value * (1.0 - _functions(count).minimum(total_iters, count) / total_iters) ** power
+
+
+def cosine_annealing(value: Value, T_max: float, eta_min: float = 0.0) -> Schedule:  # noqa: N803
+    """Half a cosine from ``value`` to ``eta_min`` in ``T_max`` counts, and up again after, as ``CosineAnnealingLR``.
+
+    >>> [round(float(cosine_annealing(1.0, T_max=4)(count)), 3) for count in (0, 2, 4, 6)]
+    [1.0, 0.5, 0.0, 0.5]
+    """
+    return lambda count: eta_min + (value - eta_min) * (1 + _functions(count).cos(math.pi * count / T_max)) / 2
+
+
+def cosine_annealing_warm_restarts(value: Value, T_0: int, T_mult: int = 1, eta_min: float = 0.0) -> Schedule:  # noqa: N803
+    """Half cosines from ``value`` to ``eta_min``; the first takes ``T_0`` counts, each next ``T_mult`` times as many.
+
+    As ``CosineAnnealingWarmRestarts``.
+
+    >>> [round(float(cosine_annealing_warm_restarts(1.0, T_0=2, T_mult=2)(count)), 3) for count in range(6)]
+    [1.0, 0.5, 1.0, 0.854, 0.5, 0.146]
+
+    Raises:
+      ValueError: ``T_0`` is no positive integer, or ``T_mult`` no integer of at least 1.
+    """
+    if not isinstance(T_0, int) or T_0 <= 0:
+        raise ValueError(f"Expected positive integer T_0, but got {T_0}")
+    if not isinstance(T_mult, int) or T_mult < 1:
+        raise ValueError(f"Expected integer T_mult >= 1, but got {T_mult}")
+    # Where each cycle begins and how long it is, as exact integers: a logarithm would miss some by one.
+    starts, lengths = [0], [T_0]
+    while T_mult > 1 and starts[-1] + lengths[-1] < 2**31:
+        starts.append(starts[-1] + lengths[-1])
+        lengths.append(lengths[-1] * T_mult)
+    starts, lengths = np.asarray(starts, np.int32), np.asarray(lengths, float)
+
+    def schedule(count: Any) -> Any:
+        xp = _functions(count)
+        if T_mult == 1:
+            since, length = count % T_0, T_0
+        else:
+            cycle = xp.searchsorted(starts, count, side="right") - 1
+            since, length = count - xp.asarray(starts)[cycle], xp.asarray(lengths)[cycle]
+        return eta_min + (value - eta_min) * (1 + xp.cos(math.pi * since / length)) / 2
+
+    return schedule
+
+
+def cyclic(
+    value: Value,
+    max_lr: Value,
+    step_size_up: int = 2000,
+    step_size_down: int | None = None,
+    mode: Literal["triangular", "triangular2", "exp_range"] = "triangular",
+    gamma: float = 1.0,
+    scale_fn: Callable[[Any], Any] | None = None,
+    scale_mode: Literal["cycle", "iterations"] = "cycle",
+) -> Schedule:
+    """Straight from ``value`` up to ``max_lr`` and down again, over and over, as ``CyclicLR``.
+
+    With ``value`` above ``max_lr`` it goes down and up, as the momentum of ``CyclicLR`` does.
+
+    >>> [round(cyclic(0.1, 0.5, step_size_up=2)(count), 3) for count in range(5)]
+    [0.1, 0.3, 0.5, 0.3, 0.1]
+
+    Raises:
+      ValueError: an unknown mode without a ``scale_fn``.
+    """
+    scale, by = cyclic_scale(mode, gamma, scale_fn, scale_mode)
+    up = float(step_size_up)
+    total = up + (float(step_size_down) if step_size_down is not None else up)
+    return lambda count: triangle(value, max_lr, count, total, up / total, scale, by)
+
+
+def triangle(value: Value, peak: Value, count: Any, total: float, ratio: float, scale: Any, by: str) -> Any:
+    """The value at a count of cycles of length ``total``, of which ``ratio`` goes towards ``peak``."""
+    xp = _functions(count)
+    cycle = xp.floor(1 + count / total)
+    x = 1.0 + count / total - cycle
+    height = xp.where(x <= ratio, x / ratio, (x - 1) / (ratio - 1) if ratio < 1 else 0.0)
+    return value + (peak - value) * height * scale(cycle if by == "cycle" else count)
+
+
+def cyclic_scale(
+    mode: str, gamma: float, scale_fn: Callable[[Any], Any] | None, scale_mode: str
+) -> tuple[Callable[[Any], Any], str]:
+    """How high the cycles of ``CyclicLR`` are: a factor, by the number of the cycle (from 1) or by the count."""
+    if scale_fn is not None:
+        return scale_fn, scale_mode
+    scales: dict[str, tuple[Callable[[Any], Any], str]] = {
+        "triangular": (lambda cycle: 1.0, "cycle"),
+        "triangular2": (lambda cycle: 1 / 2.0 ** (cycle - 1), "cycle"),
+        "exp_range": (lambda count: gamma**count, "iterations"),
+    }
+    if mode not in scales:
+        raise ValueError(f"mode is invalid and scale_fn is None: mode must be one of {', '.join(scales)}, got {mode!r}")
+    return scales[mode]
+
+
+def one_cycle(
+    value: Value,
+    total_steps: int | None = None,
+    epochs: int | None = None,
+    steps_per_epoch: int | None = None,
+    pct_start: float = 0.3,
+    anneal_strategy: Literal["cos", "linear"] = "cos",
+    div_factor: float = 25.0,
+    final_div_factor: float = 1e4,
+    three_phase: bool = False,
+) -> Schedule:
+    """Up from ``value / div_factor`` to ``value``, and down to that divided by ``final_div_factor``, as ``OneCycleLR``.
+
+    ``value`` is PyTorch's ``max_lr``. With ``div_factor=base_momentum / max_momentum`` and ``final_div_factor=1`` the
+    base momentum becomes the cycle of the momentum that runs beside it.
+
+    >>> rate = one_cycle(1.0, total_steps=10)
+    >>> [round(float(rate(count)), 3) for count in (0, 2, 9)]
+    [0.04, 1.0, 0.0]
+
+    Raises:
+      ValueError: no number of steps, or a value out of range.
+    """
+    total = one_cycle_steps(total_steps, epochs, steps_per_epoch)
+    initial = value / div_factor
+    ends = one_cycle_ends(total, pct_start, three_phase)
+    values = [initial, value, *([initial] if three_phase else []), initial / final_div_factor]
+    anneal = annealing(anneal_strategy)
+
+    def schedule(count: Any) -> Any:
+        xp = _functions(count)
+        count = xp.minimum(count, total)
+        starts = [0.0, *ends[:-1]]
+        pieces = [
+            anneal(values[phase], values[phase + 1], (count - start) / (end - start))
+            for phase, (start, end) in enumerate(zip(starts, ends, strict=True))
+        ]
+        result = pieces[-1]
+        for piece, end in zip(pieces[-2::-1], ends[-2::-1], strict=True):
+            result = xp.where(count <= end, piece, result)
+        return result
+
+    return schedule
+
+
+def one_cycle_steps(total_steps: int | None, epochs: int | None, steps_per_epoch: int | None) -> int:
+    """The number of steps of ``OneCycleLR``, given in one of two ways."""
+    if total_steps is None and (epochs is None or steps_per_epoch is None):
+        raise ValueError("You must define either total_steps OR (epochs AND steps_per_epoch)")
+    given = (
+        {"epochs": epochs, "steps_per_epoch": steps_per_epoch} if total_steps is None else {"total_steps": total_steps}
+    )
+    for name, number in given.items():
+        if not isinstance(number, int) or number <= 0:
+            raise ValueError(f"Expected positive integer {name}, but got {number}")
+    return math.prod(number for number in given.values() if number is not None)
+
+
+def one_cycle_ends(total_steps: int, pct_start: float, three_phase: bool) -> list[float]:
+    """The counts at which the phases of ``OneCycleLR`` end."""
+    if not isinstance(pct_start, float) or not 0 <= pct_start <= 1:
+        raise ValueError(f"Expected float between 0 and 1 pct_start, but got {pct_start}")
+    ends = [float(pct_start * total_steps) - 1, total_steps - 1]
+    return [ends[0], float(2 * pct_start * total_steps) - 2, ends[1]] if three_phase else ends
+
+
+def annealing(strategy: str) -> Callable[[Any, Any, Any], Any]:
+    """``(start, end, share) -> value`` between two values."""
+    if strategy == "cos":
+        return lambda start, end, pct: end + (start - end) / 2.0 * (_functions(pct).cos(math.pi * pct) + 1)
+    if strategy == "linear":
+        return lambda start, end, pct: (end - start) * pct + start
+    raise ValueError(f"anneal_strategy must be one of 'cos' or 'linear', instead got {strategy}")
+
+
+def lambda_(value: Value, lr_lambda: Callable[[Any], Any]) -> Schedule:
+    """``value`` times a function of the count, as ``LambdaLR``.
+
+    >>> lambda_(0.5, lambda count: 0.5**count)(1)
+    0.25
+    """
+    return lambda count: value * lr_lambda(count)
+
+
+def multiplicative(value: Value, lr_lambda: Callable[[Any], Any]) -> Schedule:
+    """``value`` times the function of every count from 1 on, as ``MultiplicativeLR``; it takes ``count`` calls.
+
+    >>> multiplicative(1.0, lambda count: 1 / count)(3)
+    0.16666666666666666
+    """
+
+    def schedule(count: Any) -> Any:
+        if isinstance(count, jax.Array):
+            start = jnp.asarray(value, jnp.result_type(float))
+            return jax.lax.fori_loop(1, count + 1, lambda index, rate: rate * lr_lambda(index), start)
+        result = value
+        for index in range(1, count + 1):
+            result = result * lr_lambda(index)
+        return result
+
+    return schedule
+
+
+def sequential(schedules: Sequence[Schedule], milestones: Sequence[int]) -> Schedule:
+    """One schedule after the other, each from its own count 0 on, as ``SequentialLR``.
+
+    >>> both = sequential([linear(1.0, 0.5, total_iters=2), exponential(1.0, 0.5)], milestones=[2])
+    >>> [round(float(both(count)), 3) for count in range(5)]
+    [0.5, 0.75, 1.0, 0.5, 0.25]
+
+    Raises:
+      ValueError: the number of milestones is not one less than that of the schedules.
+    """
+    schedules, milestones = list(schedules), list(milestones)
+    if not schedules or len(milestones) != len(schedules) - 1:
+        raise ValueError(
+            "sequential expects one schedule more than milestones, "
+            f"got {len(schedules)} schedules and {len(milestones)} milestones"
+        )
+
+    def schedule(count: Any) -> Any:
+        xp = _functions(count)
+        result = schedules[0](count)
+        for start, later in zip(milestones, schedules[1:], strict=True):
+            result = xp.where(count >= start, later(xp.maximum(count - start, 0)), result)
+        return result
+
+    return schedule
+
+
+def product(*schedules: Schedule) -> Schedule:
+    """All schedules multiplied, as ``ChainedScheduler`` does with the factors of its schedulers.
+
+    Give the base value to one of them and 1 to the others.
+
+    >>> product(constant(0.4, factor=0.5, total_iters=2), exponential(1.0, gamma=0.5))(1)
+    0.1
+    """
+    return lambda count: math.prod(schedule(count) for schedule in schedules)
+
+
+def warmup(schedule: Schedule, total_iters: int, *, delay: bool = True) -> Schedule:
+    """Rise in ``total_iters`` equal steps to the first value of a schedule, which then begins.
+
+    Count k (from 0) of the warm-up gives ``(k + 1) / total_iters`` of it.
+
+    Args:
+      schedule: what is joined.
+      total_iters: length of the warm-up.
+      delay: whether the schedule begins after the warm-up; otherwise it runs beside it, and is scaled.
+
+    >>> rate = warmup(cosine_annealing(1.0, T_max=4), 2)
+    >>> [round(float(rate(count)), 3) for count in range(7)]
+    [0.5, 1.0, 1.0, 0.854, 0.5, 0.146, 0.0]
+
+    A schedule with the base value 1 is a factor, so the facade takes it, too:
+
+    >>> import jax.numpy as jnp, optimjax as optim
+    >>> optimizer = optim.SGD([jnp.ones(2)], lr=0.1)
+    >>> scheduler = optim.lr_scheduler.LambdaLR(optimizer, warmup(cosine_annealing(1.0, T_max=90), 10))
+
+    Raises:
+      ValueError: ``total_iters`` is not positive.
+    """
+    if total_iters <= 0:
+        raise ValueError(f"total_iters must be positive, got {total_iters}")
+
+    def joined(count: Any) -> Any:
+        xp = _functions(count)
+        share = xp.minimum((count + 1) / total_iters, 1.0)
+        return schedule(xp.maximum(count - total_iters, 0) if delay else count) * share
+
+    return joined
+
+
+class PlateauState(NamedTuple):
+    """What :func:`reduce_on_plateau` carries from metric to metric; scalars."""
+
+    value: Array
+    best: Array
+    num_bad_epochs: Array
+    cooldown_counter: Array
+
+
+class Plateau(NamedTuple):
+    """``init() -> state`` and ``update(metric, state) -> (value, state)``."""
+
+    init: Callable[[], PlateauState]
+    update: Callable[[Any, PlateauState], tuple[Array, PlateauState]]
+
+
+def reduce_on_plateau(
+    value: Value,
+    mode: Literal["min", "max"] = "min",
+    factor: float = 0.1,
+    patience: int = 10,
+    threshold: float = 1e-4,
+    threshold_mode: Literal["rel", "abs"] = "rel",
+    cooldown: int = 0,
+    min_lr: float = 0.0,
+    eps: float = 1e-8,
+) -> Plateau:
+    """Cut ``value`` after more than ``patience`` metrics without an improvement, as ``ReduceLROnPlateau``.
+
+    >>> plateau = reduce_on_plateau(1.0, factor=0.5, patience=1)
+    >>> state = plateau.init()
+    >>> for metric in (3.0, 2.0, 2.0, 2.0):
+    ...     value, state = jax.jit(plateau.update)(metric, state)
+    >>> print(value)
+    0.5
+
+    Raises:
+      ValueError: the factor is not below 1, or an unknown mode.
+    """
+    if factor >= 1.0:
+        raise ValueError(f"Factor should be < 1.0, got {factor}")
+    better = improvement(mode, threshold, threshold_mode)
+
+    def init() -> PlateauState:
+        kind = jnp.result_type(float)
+        zero = jnp.zeros((), jnp.int32)
+        return PlateauState(
+            jnp.asarray(value, kind), jnp.asarray(math.inf if mode == "min" else -math.inf, kind), zero, zero
+        )
+
+    def update(metric: Any, state: PlateauState) -> tuple[Array, PlateauState]:
+        improved = better(metric, state.best)
+        cooling = state.cooldown_counter > 0
+        bad = jnp.where(improved | cooling, 0, state.num_bad_epochs + 1)
+        cut = bad > patience
+        lower = jnp.maximum(state.value * factor, min_lr)
+        new = jnp.where(cut & (state.value - lower > eps), lower, state.value)
+        waiting = jnp.where(cut, cooldown, jnp.maximum(state.cooldown_counter - 1, 0))
+        best = jnp.where(improved, metric, state.best)
+        return new, PlateauState(new, best, jnp.where(cut, 0, bad), waiting)
+
+    return Plateau(init, update)
+
+
+def improvement(mode: str, threshold: float, threshold_mode: str) -> Callable[[Any, Any], Any]:
+    """``(metric, best) -> bool``: whether a metric is better than the best so far by more than the threshold."""
+    if mode not in ("min", "max"):
+        raise ValueError(f"mode {mode} is unknown!")
+    if threshold_mode not in ("rel", "abs"):
+        raise ValueError(f"threshold mode {threshold_mode} is unknown!")
+    if threshold_mode == "rel":
+        return {
+            "min": lambda metric, best: metric < best * (1.0 - threshold),
+            "max": lambda metric, best: metric > best * (threshold + 1.0),
+        }[mode]
+    return {
+        "min": lambda metric, best: metric < best - threshold,
+        "max": lambda metric, best: metric > best + threshold,
+    }[mode]
