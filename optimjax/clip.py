@@ -9,6 +9,7 @@ from jax import Array
 
 from optimjax.optimizer import Optimizer
 from optimjax.parameter import Parameter
+from optimjax.sparse import Entries, coalesced, is_sparse, over_values
 
 __all__ = ["clip_grad_norm", "clip_grad_norm_", "clip_grad_value", "clip_grad_value_"]
 
@@ -20,7 +21,8 @@ def clip_grad_norm(grads: Any, max_norm: Any, norm_type: float = 2.0) -> tuple[A
     float32 at least, whatever the dtype of the gradients.
 
     Args:
-      grads: a tree of real or complex floating arrays; ``None`` in place of a gradient is left out.
+      grads: a tree of real or complex floating arrays, dense or sparse (``BCOO``, whose duplicates count as their sum);
+        ``None`` in place of a gradient is left out.
       max_norm: a number or scalar array, at least 0.
       norm_type: the order of the norm, positive; may be ``inf``.
 
@@ -37,18 +39,25 @@ def clip_grad_norm(grads: Any, max_norm: Any, norm_type: float = 2.0) -> tuple[A
     """
     if not norm_type > 0:
         raise ValueError(f"Invalid norm_type: {norm_type}: it must be positive")
-    leaves = [jnp.abs(grad).astype(_wide(grad)).ravel() for grad in jax.tree.leaves(grads)]
+    values = [Entries(grad).values if is_sparse(grad) else grad for grad in jax.tree.leaves(grads, is_leaf=is_sparse)]
+    leaves = [jnp.abs(value).astype(_wide(value)).ravel() for value in values]
     if norm_type == float("inf"):
         total = jnp.max(jnp.stack([jnp.max(leaf, initial=0) for leaf in leaves])) if leaves else jnp.zeros(())
     else:
         norms = [jnp.linalg.norm(leaf, norm_type) for leaf in leaves]
         total = jnp.linalg.norm(jnp.stack(norms), norm_type) if leaves else jnp.zeros(())
     scale = jnp.minimum(max_norm / (total + 1e-6), 1.0)
-    return jax.tree.map(lambda grad: (grad * scale.astype(_wide(grad))).astype(grad.dtype), grads), total
+
+    def scaled(grad: Array) -> Array:
+        return (grad * scale.astype(_wide(grad))).astype(grad.dtype)
+
+    return jax.tree.map(lambda grad: over_values(scaled, grad), grads, is_leaf=is_sparse), total
 
 
 def clip_grad_value(grads: Any, clip_value: Any) -> Any:
     """Clamp every gradient to ``[-clip_value, clip_value]``, real and imaginary parts by themselves.
+
+    Duplicates of a sparse gradient (``BCOO``) are summed before.
 
     >>> import jax.numpy as jnp, optimjax as optim
     >>> print(optim.clip_grad_value({"w": jnp.array([3.0, -0.5])}, 1.0)["w"])
@@ -60,7 +69,7 @@ def clip_grad_value(grads: Any, clip_value: Any) -> Any:
             return jax.lax.complex(clamp(jnp.real(grad)), clamp(jnp.imag(grad)))
         return jnp.clip(grad, -clip_value, clip_value).astype(grad.dtype)
 
-    return jax.tree.map(clamp, grads)
+    return jax.tree.map(lambda grad: over_values(clamp, coalesced(grad)), grads, is_leaf=is_sparse)
 
 
 def clip_grad_norm_(

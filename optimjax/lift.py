@@ -6,6 +6,7 @@ numbers, arrays, tracers, schedules or trees of these, resolved here for each le
 
 import functools
 import inspect
+import re
 from collections import namedtuple
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec
@@ -66,7 +67,9 @@ def factory(cls: "Callable[Concatenate[Any, P], Optimizer]") -> Callable[P, Algo
         defaults = optimizer_class._defaults_of(*args, **kwargs)
         return optimizer_class._algorithm(defaults)
 
-    make.__name__ = make.__qualname__ = optimizer_class.__name__.lower()
+    # Words are divided where a capital begins one: sparse_adam, but adamw, rmsprop.
+    words = re.sub("(?<=[a-z])(?=[A-Z][a-z])", "_", optimizer_class.__name__)
+    make.__name__ = make.__qualname__ = words.lower()
     make.__module__ = optimizer_class.__module__
     make.__doc__ = (
         f"A pure :class:`optimjax.functional.Algorithm` with the arithmetic and the keywords of "
@@ -186,7 +189,9 @@ def check_layout(rule: Rule, algorithm: str, grad: Any, name: Callable[[], str])
     """
     if is_sparse(grad) != rule.sparse:
         layout, other = ("dense", "Adam") if rule.sparse else ("sparse", "SparseAdam")
-        raise RuntimeError(f"{algorithm} does not support {layout} gradients, please consider {other} instead ({name()!r})")
+        raise RuntimeError(
+            f"{algorithm} does not support {layout} gradients, please consider {other} instead ({name()!r})"
+        )
 
 
 @functools.cache

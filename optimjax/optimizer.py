@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from optimjax import state_dict as _state_dict
@@ -79,6 +78,7 @@ class Optimizer:
     """
 
     rule: ClassVar[Rule | None] = None
+    joint_state: ClassVar[bool] = False  # whether the first parameter has the state of all, side by side in their order
     donate: bool = False
     hyperparameters: ClassVar[Hyperparameters]
 
@@ -479,6 +479,10 @@ class Optimizer:
             return {name: getattr(slot, "shape", None) for name, slot in slots._asdict().items()}
 
         return shapes
+
+    def _checked(self, box: Parameter, entries: dict[str, Any]) -> dict[str, Any]:
+        """The loaded state of a parameter, where there is no rule that says what it must be; or ``ValueError``."""
+        return entries
 
     # --- hooks ---
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from optimjax.sparse import is_sparse
 from optimjax.tree import check_gradient
 
 __all__ = ["Parameter", "flatten", "unflatten", "value_of"]
@@ -38,7 +39,7 @@ class Parameter:
 
     def __init__(self, value: Any, *, name: str | None = None, requires_grad: bool = True):
         self._value = _floating(value, name)
-        self._grad: Array | None = None
+        self._grad: Any = None
         self.name = name
         self.requires_grad = requires_grad
 
@@ -56,15 +57,15 @@ class Parameter:
         self._value = value
 
     @property
-    def grad(self) -> Array | None:
-        """The gradient, ``None`` until there is one. Setting checks shape and kind."""
+    def grad(self) -> Any:
+        """The gradient, ``None`` until there is one; an array or a sparse ``BCOO``. Setting checks shape and kind."""
         return self._grad
 
     @grad.setter
     def grad(self, grad: Any) -> None:
         if grad is not None:
             check_gradient(self.__str__, self, grad)
-            grad = jnp.asarray(grad)
+            grad = grad if is_sparse(grad) else jnp.asarray(grad)
         self._grad = grad
 
     @property

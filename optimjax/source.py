@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from optimjax.parameter import Parameter, value_of
+from optimjax.sparse import is_sparse
 from optimjax.tree import dotted, is_inexact_array, match, names, structure_error
 from optimjax.variable import VariableParameter, is_nnx, module_parameters, nnx
 
@@ -118,16 +119,18 @@ class ModuleSource(Source):
     def gradients(self, grads: Any) -> list[Any]:
         """See :meth:`Source.gradients`; takes what ``nnx.grad`` returns."""
         leaves, treedef = jax.tree.flatten(grads)
-        if self._treedef is None or treedef != self._treedef:  # the first time, and whenever a gradient is missing
-            leaves = self._by_name(grads)
-            if all(leaf is not None for leaf in leaves):
-                self._treedef, self._order = treedef, _order(jax.tree.leaves(grads), leaves)
-            return leaves
+        if self._treedef is None or treedef != self._treedef:  # the first time, and whenever one is missing or sparse
+            found = self._by_name(grads)
+            if not any(leaf is None or is_sparse(leaf) for leaf in found):
+                self._treedef, self._order = treedef, _order(leaves, found)
+            return found
         return [leaves[index] for index in self._order]
 
     def _by_name(self, grads: Any) -> list[Any]:
         variable = nnx().Variable
-        paths, _ = jax.tree_util.tree_flatten_with_path(grads, is_leaf=lambda x: x is None or isinstance(x, variable))
+        paths, _ = jax.tree_util.tree_flatten_with_path(
+            grads, is_leaf=lambda x: x is None or is_sparse(x) or isinstance(x, variable)
+        )
         found = {dotted(path): leaf.get_value() if isinstance(leaf, variable) else leaf for path, leaf in paths}
         wanted = self.names or ()
         if found.keys() != set(wanted):

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from optimjax.sparse import addressed, is_sparse
+
 __all__ = ["check_gradient", "dotted", "flatten_params", "is_inexact_array", "match", "names", "structure_error"]
 
 
@@ -56,7 +58,7 @@ def match(treedef: Any, grads: Any, names: Callable[[], Sequence[str]]) -> list[
         return treedef.flatten_up_to(grads)
     except ValueError as error:
         # None is a leaf here: a missing gradient is no difference of structure.
-        paths = jax.tree_util.tree_flatten_with_path(grads, is_leaf=lambda x: x is None)[0]
+        paths = jax.tree_util.tree_flatten_with_path(grads, is_leaf=lambda x: x is None or is_sparse(x))[0]
         raise structure_error(names(), [dotted(path) for path, _ in paths], str(error)) from None
 
 
@@ -72,13 +74,19 @@ def check_gradient(name: Callable[[], str], param: Any, grad: Any) -> None:
     """Raise where a gradient cannot belong to a parameter; ``name`` is called only then.
 
     Raises:
-      ValueError: the shapes differ (nothing is broadcast).
+      ValueError: the shapes differ (nothing is broadcast); a sparse gradient has batch axes, or more entries to choose
+        from than integers can count.
       TypeError: the gradient is no floating array, or complex for a real parameter.
     """
-    if not isinstance(grad, (jax.Array, np.ndarray, np.generic, float, complex)):
+    if not isinstance(grad, (jax.Array, np.ndarray, np.generic, float, complex)) and not is_sparse(grad):
         raise TypeError(f"gradient of {name()!r} must be an array or None, got {type(grad).__name__}: {grad!r}")
     if np.shape(grad) != param.shape:
         raise ValueError(f"gradient of {name()!r} has shape {np.shape(grad)}, the parameter has {param.shape}")
+    if is_sparse(grad):
+        if grad.n_batch:
+            raise ValueError(f"gradient of {name()!r} is {grad!r}: it must have n_batch=0 (see bcoo_update_layout)")
+        if addressed(grad) > jnp.iinfo(jax.dtypes.canonicalize_dtype(int)).max:
+            raise ValueError(f"gradient of {name()!r} is {grad!r}: give it fewer sparse axes, or enable jax_enable_x64")
     dtype, param_dtype = getattr(grad, "dtype", None) or np.dtype(type(grad)), param.dtype
     if dtype == param_dtype:
         return
