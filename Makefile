@@ -42,7 +42,7 @@ bench: .venv/test ## time a step beside optax and PyTorch
 	$(BIN)/python benchmarks/loss_step.py
 
 clean: ## remove the virtual environments and caches
-	rm -rf .venv .venv-newest docs/_build .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest docs/_build docs/algorithms.rst .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps say which extras are installed; they are made anew when pyproject.toml changes.

@@ -1,11 +1,16 @@
 """Sphinx configuration: `make docs`."""
 
+import sys
+from pathlib import Path
+
 import optimjax
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 project = "optimjax"
 author = "The optimjax authors"
 release = optimjax.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "generate_algorithms"]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 exclude_patterns = ["_build"]
 html_theme = "furo"

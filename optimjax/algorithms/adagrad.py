@@ -7,9 +7,16 @@ r"""Adagrad: the gradient over the root of the sum of all its squares.
 
 with learning rate :math:`\gamma`, its decay :math:`\eta` and weight decay :math:`\lambda`.
 
-Duchi, Hazan, Singer, "Adaptive subgradient methods for online learning and stochastic optimization", JMLR 12, 2011.
+Source: Duchi, Hazan, Singer, "Adaptive subgradient methods for online learning and stochastic optimization",
+JMLR 12, 2011.
 
-Differs from PyTorch: nothing. Differs from optax: the sum starts at 0, not 0.1, and epsilon is outside the root.
+Differs from PyTorch: nothing.
+
+Differs from optax:
+
+1. The sum starts at 0; in ``optax.adagrad`` at 0.1.
+2. Epsilon is added to the root, 1e-10 unless given; optax adds it under the root, 1e-7.
+3. ``lr_decay`` and ``weight_decay``, which optax does not have.
 """
 
 from __future__ import annotations  # signatures then show `LearningRate`, not what it stands for
@@ -115,9 +122,9 @@ class Adagrad(Optimizer):
         defaults = dict(
             lr=lr,
             lr_decay=lr_decay,
-            eps=eps,
             weight_decay=weight_decay,
             initial_accumulator_value=initial_accumulator_value,
+            eps=eps,
             foreach=foreach,
             maximize=maximize,
             differentiable=differentiable,

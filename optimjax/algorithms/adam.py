@@ -1,4 +1,4 @@
-r"""Adam, and the arithmetic it shares with AdamW.
+r"""Adam: the mean of the gradients over the root of the mean of their squares.
 
 .. math::
     g_t &\leftarrow g_t + \lambda\, \theta_{t-1} \ \text{(Adam)}, \qquad
@@ -9,13 +9,19 @@ r"""Adam, and the arithmetic it shares with AdamW.
     \theta_t &\leftarrow \theta_{t-1} - \frac{\gamma}{1 - \beta_1^t}\,
         \frac{m_t}{\sqrt{\hat v_t} / \sqrt{1 - \beta_2^t} + \epsilon}
 
-with learning rate :math:`\gamma`, weight decay :math:`\lambda`.
+with learning rate :math:`\gamma`, weight decay :math:`\lambda`. AdamW has its arithmetic from here.
 
-Kingma, Ba, "Adam: a method for stochastic optimization", ICLR 2015 (arXiv:1412.6980); AMSGrad: Reddi, Kale, Kumar, "On
-the convergence of Adam and beyond", ICLR 2018.
+Source: Kingma, Ba, "Adam: a method for stochastic optimization", ICLR 2015 (arXiv:1412.6980); AMSGrad: Reddi, Kale,
+Kumar, "On the convergence of Adam and beyond", ICLR 2018 (arXiv:1904.09237).
 
 Differs from PyTorch: nothing but half precision, where the arithmetic here is in float32, so that a zero gradient
 does not give NaN although epsilon is zero in float16.
+
+Differs from optax:
+
+1. With ``amsgrad``, the maximum is taken of the second moments before bias correction, and then corrected.
+   ``optax.amsgrad`` corrects first, or with ``bias_correction_nu=False`` not at all.
+2. ``weight_decay``, added to the gradient; ``optax.adam`` has none.
 """
 
 from __future__ import annotations  # signatures then show `LearningRate`, not what it stands for
@@ -159,8 +165,8 @@ class Adam(Optimizer):
     ):
         defaults = dict(
             lr=lr,
-            betas=betas,
             eps=eps,
+            betas=betas,
             weight_decay=weight_decay,
             amsgrad=amsgrad,
             maximize=maximize,

@@ -1,11 +1,21 @@
 r"""AdamW: Adam whose weight decay shrinks the parameter instead of entering the moments.
 
-The equations and the arithmetic are in :mod:`optimjax.algorithms.adam`.
+.. math::
+    \theta_{t-1} &\leftarrow (1 - \gamma \lambda)\, \theta_{t-1} \\
+    \theta_t &\leftarrow \text{the step of Adam without weight decay}
 
-Loshchilov, Hutter, "Decoupled weight decay regularization", ICLR 2019 (arXiv:1711.05101). As in PyTorch, and unlike
-the paper, the decay is scaled by the learning rate.
+with learning rate :math:`\gamma`, weight decay :math:`\lambda`. All equations, and the arithmetic, are with
+:class:`optimjax.Adam`.
 
-Differs from PyTorch: as Adam. Differs from optax: the default decay is 1e-2, not 1e-4.
+Source: Loshchilov, Hutter, "Decoupled weight decay regularization", ICLR 2019 (arXiv:1711.05101). As in PyTorch,
+and unlike the paper, the decay is scaled by the learning rate.
+
+Differs from PyTorch: as Adam.
+
+Differs from optax:
+
+1. The default of ``weight_decay`` is 1e-2; in ``optax.adamw`` it is 1e-4.
+2. ``amsgrad``, which ``optax.adamw`` does not have.
 """
 
 from __future__ import annotations  # signatures then show `LearningRate`, not what it stands for

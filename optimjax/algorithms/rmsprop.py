@@ -10,12 +10,20 @@ r"""RMSprop: the gradient over the root of a running mean of its square.
 
 with learning rate :math:`\gamma`, momentum :math:`\mu` and weight decay :math:`\lambda`.
 
-Tieleman, Hinton, "Lecture 6.5: RMSprop", Coursera 2012; centered: Graves, "Generating sequences with recurrent neural
-networks", 2013 (arXiv:1308.0850).
+Source: Tieleman, Hinton, "Lecture 6.5: RMSprop", Coursera 2012; centered: Graves, "Generating sequences with recurrent
+neural networks", 2013 (arXiv:1308.0850).
 
 Differs from PyTorch:
 
 1. Centered, the variance is never taken below zero: rounding can make it negative, and PyTorch then gives NaN.
+
+Differs from optax:
+
+1. Epsilon is added to the root; ``optax.rmsprop`` adds it under the root, unless told ``eps_in_sqrt=False``.
+2. The default of ``alpha`` is 0.99; in optax, where it is ``decay``, 0.9.
+3. The learning rate multiplies the buffer; in optax it multiplies what enters the buffer, so that a new rate counts in
+   full only when the old steps have faded.
+4. ``weight_decay``, which optax does not have.
 """
 
 from __future__ import annotations  # signatures then show `LearningRate`, not what it stands for
@@ -136,11 +144,11 @@ class RMSprop(Optimizer):
     ):
         defaults = dict(
             lr=lr,
-            momentum=momentum,
-            alpha=alpha,
             eps=eps,
-            centered=centered,
+            momentum=momentum,
             weight_decay=weight_decay,
+            alpha=alpha,
+            centered=centered,
             capturable=capturable,
             foreach=foreach,
             maximize=maximize,

@@ -1,4 +1,4 @@
-r"""Stochastic gradient descent, with momentum.
+r"""SGD: stochastic gradient descent, with momentum.
 
 .. math::
     g_t &\leftarrow g_t + \lambda\, \theta_{t-1} \\
@@ -8,10 +8,14 @@ r"""Stochastic gradient descent, with momentum.
 
 with learning rate :math:`\gamma`, momentum :math:`\mu`, dampening :math:`\tau` and weight decay :math:`\lambda`.
 
-Sutskever, Martens, Dahl, Hinton, "On the importance of initialization and momentum in deep learning", ICML 2013; the
-form is PyTorch's, in which the learning rate multiplies the whole buffer.
+Source: Sutskever, Martens, Dahl, Hinton, "On the importance of initialization and momentum in deep learning", ICML
+2013; the form is PyTorch's, in which the learning rate multiplies the whole buffer.
 
 Differs from PyTorch: nothing.
+
+Differs from optax:
+
+1. ``dampening`` and ``weight_decay``; ``optax.sgd`` has neither.
 """
 
 from __future__ import annotations  # signatures then show `LearningRate`, not what it stands for
