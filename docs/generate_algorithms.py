@@ -93,9 +93,7 @@ def read(name: str) -> Entry:
 def section(entry: Entry) -> str:
     """Everything about one algorithm, in reStructuredText."""
     cls, name = entry.cls, entry.cls.__name__
-    layout = r"(.+?)\n\nArgs:\n(.+?)\n\n(?:Raises:\n(.+?)\n\n)?(.+)"
-    summary, arguments, errors, examples = match(layout, inspect.getdoc(cls) or "", name)
-    raises = "\n".join(f":raises {error}: {text}" for error, text in definitions(errors or "").items())
+    summary, arguments, rest = match(r"(.+?)\n\nArgs:\n(.+?)\n\n(.+)", inspect.getdoc(cls) or "", name)
     return f"""
 {name}
 {"-" * len(name)}
@@ -112,9 +110,7 @@ def section(entry: Entry) -> str:
 
 {indent(argument_table(cls, definitions(arguments)))}
 
-{indent(raises)}
-
-{indent(examples)}
+{indent(with_error_fields(rest))}
 
 .. py:function:: optimjax.functional.{entry.factory.__name__}{signature(entry.factory)}
    :no-contents-entry:
@@ -160,12 +156,10 @@ def legal_values(kind: Kind | None, default: Any) -> str:
         return "flag" if isinstance(default, bool) else "compiled in"
     if kind.items:
         ranges = [legal_values(item, None) for item in kind.items]
-        return f"each {ranges[0]}" if len(set(ranges)) == 1 else ", ".join(ranges)
+        return " and ".join(ranges) if len(set(ranges)) > 1 else f"{ranges[0]} each"
     low = f"[{kind.minimum:g}" if math.isfinite(kind.minimum) else f"({kind.above:g}"
     high = f"{kind.maximum:g}]" if math.isfinite(kind.maximum) else f"{kind.below:g})"
-    interval = (
-        "any number" if (low, high) == ("(-inf", "inf)") else f"{low},\N{NO-BREAK SPACE}{high}".replace("inf", "∞")
-    )
+    interval = f"{low},\N{NO-BREAK SPACE}{high}".replace("inf", "∞")
     return f"{interval} or ``None``" if kind.optional else interval
 
 
@@ -195,7 +189,9 @@ def memory(entry: Entry) -> list[str]:
 def state_table(entry: Entry) -> str:
     """A table of what is kept for a parameter."""
     slots = entry.cls.rule.slots if entry.cls.rule else type(entry.factory().init(jnp.zeros(1)))
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(slots), re.MULTILINE))
+    # A comment may begin with the shape, `[m, n] int32, the ...`, which the table has anyway.
+    comment = r"^    (\w+): .*?  # (?:\[.*?\](?: \w+)?, )?(.+)$"
+    comments = dict(re.findall(comment, inspect.getsource(slots), re.MULTILINE))
     arrays, of = state_of(entry, all_on(entry)), "matrix of shape (m, n)"
     if uncommented := arrays.keys() - comments.keys():
         raise ValueError(f"no comment says what {', '.join(sorted(uncommented))} of {entry.cls.__name__} holds")
@@ -229,6 +225,15 @@ def definitions(text: str) -> dict[str, str]:
         name: " ".join(description.split())
         for name, description in re.findall(r"^  (\w[\w, ]*): (.+(?:\n   .+)*)", text, re.MULTILINE)
     }
+
+
+def with_error_fields(text: str) -> str:
+    """The text with its section Raises as Sphinx has it."""
+
+    def fields(found: re.Match[str]) -> str:
+        return "".join(f":raises {error}: {when}\n" for error, when in definitions(found[1]).items())
+
+    return re.sub(r"^Raises:\n((?:  .+\n)+)", fields, text, flags=re.MULTILINE)
 
 
 def signature(function: Callable[..., Any]) -> str:
