@@ -5,14 +5,17 @@ A test that needs to treat algorithms differently asks a field of the record, ne
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import jax
+import numpy as np
 
 import optimjax as optim
 from optimjax import functional as F
 
-__all__ = ["CASES", "Bad", "Case"]
+__all__ = ["CASES", "Bad", "Case", "Descent"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,20 @@ class Bad:
     options: Mapping[str, Any]
     message: str  # PyTorch's, to the letter
     added: str = ""  # what our message says after it
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How an algorithm is run to an optimum.
+
+    Attributes:
+      first, last: learning rate of the first and of the last step; it decays exponentially in between.
+      options: the other options.
+    """
+
+    first: float = 0.05
+    last: float = 1e-6
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,17 @@ class Case:
       ignored: for each option that is accepted for PyTorch's sake a value other than its default; it changes nothing.
       state_at_construction: whether the state exists before the first gradient.
       temporary: the most temporary memory that a compiled update may take, as a share of the parameters.
+      steps: updates after which all of the arithmetic has been at work.
+      scalar_slots: state that is one float32 number for a parameter, whatever its shape and dtype.
+      reduced_slots: state of a shape of its own, which parameters with fewer axes, or with more, do not have.
+      seen_in: for a hyperparameter that changes no parameter, the slot that it changes.
+      towards: for a hyperparameter that cannot be scaled towards 0, such as a factor above 1, what it can be scaled
+        towards.
+      rate_message: how PyTorch refuses a learning rate.
+      complex_message: how PyTorch refuses complex parameters, if it does.
+      updates_empty: whether PyTorch updates empty arrays; we always do.
+      difference: half that of two learning rates, for a derivative; where state is float32, it must be larger.
+      descent: the way to an optimum.
     """
 
     optimizer: type[optim.Optimizer]
@@ -57,6 +85,16 @@ class Case:
     refused: Callable[[Mapping[str, Any]], bool] = lambda options: False
     state_at_construction: bool = False
     temporary: float = 0.01
+    steps: int = 3
+    scalar_slots: tuple[str, ...] = ()
+    reduced_slots: tuple[str, ...] = ()
+    seen_in: Mapping[str, str] = field(default_factory=dict)
+    towards: Mapping[str, float] = field(default_factory=dict)
+    rate_message: str = "Invalid learning rate: {}"
+    complex_message: str | None = None
+    updates_empty: bool = True
+    difference: float = 1e-6
+    descent: Descent = field(default_factory=Descent)
 
     def combinations(self) -> Iterator[dict[str, Any]]:
         """The full product of the grid, less what PyTorch refuses."""
@@ -68,6 +106,21 @@ class Case:
     def variants(self) -> list[dict[str, Any]]:
         """Few options for tests that need not see every combination: no slot more than needed, and all slots."""
         return [dict(self.base), {**self.base, **self.full}]
+
+    def scaled(self, name: str, value: Any, factor: Any) -> Any:
+        """Another legal value of a hyperparameter; the factor is in (0, 1]."""
+        end = self.towards.get(name, 0)
+        return jax.tree.map(lambda v: end + (v - end) * factor, value)
+
+    def shapes(self, shapes: Sequence[tuple[tuple[int, ...], Any]]) -> list[tuple[tuple[int, ...], Any]]:
+        """Shapes and dtypes like these of parameters that PyTorch takes."""
+        return [
+            (
+                shape if self.updates_empty else tuple(max(size, 1) for size in shape),
+                dtype if self.complex_message is None else np.zeros((), dtype).real.dtype,
+            )
+            for shape, dtype in shapes
+        ]
 
     def __str__(self) -> str:
         return self.optimizer.__name__
@@ -119,6 +172,7 @@ SGD = Case(
     other={"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1, "nesterov": True, "maximize": True},
     needs={"dampening": {"momentum": 0.9}, "nesterov": {"momentum": 0.9}},
     ignored={"foreach": True, "differentiable": True, "fused": True},
+    descent=Descent(1e-3, 1e-3, {"momentum": 0.9}),
 )
 
 ADAM = Case(
@@ -158,6 +212,7 @@ ADAMW = Case(
     other={"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-2, "weight_decay": 0.1, "amsgrad": True, "maximize": True},
     needs={"amsgrad": {"betas": (0.9, 0.5)}},
     ignored=ADAM.ignored,
+    descent=Descent(options={"weight_decay": 0}),
 )
 
 RMSPROP = Case(
@@ -223,6 +278,190 @@ ADAGRAD = Case(
     },
     ignored={"foreach": True, "differentiable": True, "fused": True},
     state_at_construction=True,
+    descent=Descent(1.0, 1.0),
 )
 
-CASES = (SGD, ADAM, ADAMW, RMSPROP, ADAGRAD)
+ADAMAX = Case(
+    optimizer=optim.Adamax,
+    factory=F.adamax,
+    torch="Adamax",
+    base={"lr": 0.05},
+    full={"weight_decay": 0.1},
+    grid={"weight_decay": (0, 0.1), "maximize": (False, True)},
+    bad=(*LEARNING_RATE, NOT_A_NUMBER, EPSILON, *BETAS, WEIGHT_DECAY),
+    other={"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-2, "weight_decay": 0.1, "maximize": True},
+    ignored={"foreach": True, "capturable": True, "differentiable": True},
+)
+
+NADAM = Case(
+    optimizer=optim.NAdam,
+    factory=F.nadam,
+    torch="NAdam",
+    base={"lr": 0.05},
+    full={"weight_decay": 0.1, "momentum_decay": 0.5},
+    grid={
+        "weight_decay": (0, 0.1),
+        "momentum_decay": (0, 4e-3, 0.5),
+        "maximize": (False, True),
+        "decoupled_weight_decay": (False, True),
+    },
+    bad=(
+        *LEARNING_RATE,
+        NOT_A_NUMBER,
+        EPSILON,
+        *BETAS,
+        WEIGHT_DECAY,
+        Bad({"momentum_decay": -0.1}, "Invalid momentum_decay value: -0.1"),
+    ),
+    other={
+        "lr": 0.1,
+        "betas": (0.8, 0.9),
+        "eps": 1e-2,
+        "weight_decay": 0.1,
+        "momentum_decay": 1.0,
+        "maximize": True,
+        "decoupled_weight_decay": True,
+    },
+    needs={"decoupled_weight_decay": {"weight_decay": 0.1}},
+    ignored={"foreach": True, "capturable": True, "differentiable": True},
+    scalar_slots=("mu_product",),
+)
+
+RADAM = Case(
+    optimizer=optim.RAdam,
+    factory=F.radam,
+    torch="RAdam",
+    base={"lr": 0.05},
+    full={"weight_decay": 0.1},
+    grid={
+        "weight_decay": (0, 0.1),
+        "betas": ((0.9, 0.999), (0.8, 0.8), (0.9, 0.6)),  # rectified after 5 steps, after 6, never
+        "maximize": (False, True),
+        "decoupled_weight_decay": (False, True),
+    },
+    bad=(*LEARNING_RATE, NOT_A_NUMBER, EPSILON, *BETAS, WEIGHT_DECAY),
+    other={
+        "lr": 0.1,
+        "betas": (0.8, 0.9),
+        "eps": 1e-2,
+        "weight_decay": 0.1,
+        "maximize": True,
+        "decoupled_weight_decay": True,
+    },
+    needs={"decoupled_weight_decay": {"weight_decay": 0.1}},
+    ignored={"foreach": True, "capturable": True, "differentiable": True},
+    steps=8,
+    descent=Descent(3e-3, 1e-6),
+)
+
+ADADELTA = Case(
+    optimizer=optim.Adadelta,
+    factory=F.adadelta,
+    torch="Adadelta",
+    base={"lr": 1.0},
+    full={"weight_decay": 0.1},
+    temporary=2.01,  # XLA stores the root and, with decay, the decayed gradient for the three arrays that they enter
+    grid={"weight_decay": (0, 0.1), "rho": (0.9, 1), "maximize": (False, True)},
+    bad=(
+        *LEARNING_RATE,
+        NOT_A_NUMBER,
+        Bad({"rho": -0.1}, "Invalid rho value: -0.1"),
+        Bad({"rho": 1.1}, "Invalid rho value: 1.1"),
+        EPSILON,
+        WEIGHT_DECAY,
+    ),
+    other={"lr": 0.1, "rho": 0.5, "eps": 1e-2, "weight_decay": 0.1, "maximize": True},
+    ignored={"foreach": True, "capturable": True, "differentiable": True},
+    descent=Descent(10.0, 1e-3),
+)
+
+RPROP = Case(
+    optimizer=optim.Rprop,
+    factory=F.rprop,
+    torch="Rprop",
+    base={"lr": 0.05},
+    full={"etas": (0.3, 1.5), "step_sizes": (0.01, 0.2)},
+    grid={
+        "etas": ((0.5, 1.2), (0.3, 1.5)),
+        "step_sizes": ((1e-6, 50), (0.01, 0.2)),
+        "maximize": (False, True),
+    },
+    bad=(
+        *LEARNING_RATE,
+        NOT_A_NUMBER,
+        Bad({"etas": (0.0, 1.2)}, "Invalid eta values: 0.0, 1.2"),
+        Bad({"etas": (1.0, 1.2)}, "Invalid eta values: 1.0, 1.2"),
+        Bad({"etas": (0.5, 1.0)}, "Invalid eta values: 0.5, 1.0"),
+        Bad({"etas": (0.5, math.nan)}, "Invalid eta values: 0.5, nan"),
+    ),
+    other={"lr": 0.1, "etas": (0.3, 1.5), "step_sizes": (0.08, 0.1), "maximize": True},
+    towards={"etas": 1},
+    temporary=2.01,  # XLA copies both slots, for it computes each output anew from what was given
+    ignored={"capturable": True, "foreach": True, "differentiable": True},
+    descent=Descent(0.01, 0.01, {"step_sizes": (1e-12, 1)}),
+)
+
+ASGD = Case(
+    optimizer=optim.ASGD,
+    factory=F.asgd,
+    torch="ASGD",
+    base={"lr": 0.05, "t0": 0.0},
+    full={"lambd": 0.1, "alpha": 1.0, "weight_decay": 0.1},
+    grid={
+        "lambd": (1e-4, 0.1),
+        "alpha": (0.75, 1.0),
+        "t0": (1e6, 20.5),
+        "weight_decay": (0, 0.1),
+        "maximize": (False, True),
+    },
+    bad=(*LEARNING_RATE, NOT_A_NUMBER, WEIGHT_DECAY),
+    other={"lr": 0.1, "lambd": 0.5, "alpha": 2.0, "t0": 1.0, "weight_decay": 0.1, "maximize": True},
+    needs={"alpha": {"lambd": 2.0}},
+    ignored={"foreach": True, "differentiable": True, "capturable": True},
+    scalar_slots=("eta", "mu"),
+    seen_in={"t0": "ax"},
+    difference=1e-4,
+    descent=Descent(1e-3, 1e-3, {"lambd": 0}),
+)
+
+ADAFACTOR = Case(
+    optimizer=optim.Adafactor,
+    factory=F.adafactor,
+    torch="Adafactor",
+    base={"lr": 0.05},
+    full={"eps": (0.01, 0.5), "weight_decay": 0.1},
+    grid={
+        "beta2_decay": (-0.8, 0),
+        "eps": ((None, 1e-3), (0.5, 1.5)),
+        "d": (1.0, 1.5),
+        "weight_decay": (0, 0.1),
+        "maximize": (False, True),
+    },
+    bad=(
+        Bad({"lr": -1}, "Learning rate should be >= 0 but is: -1"),
+        Bad({"lr": math.nan}, "Learning rate should be >= 0 but is: nan"),
+        Bad({"beta2_decay": 0.8}, "beta2_decay should be <= 0 but is: 0.8"),
+        Bad({"eps": (-0.1, 1e-3)}, "epsilon1 should be >= 0 but is: -0.1"),
+        Bad({"eps": (None, -0.1)}, "epsilon2 should be >= 0 but is: -0.1"),
+        Bad({"d": 0.9}, "Clipping threshold d should be >= 1 but is: 0.9"),
+        Bad({"weight_decay": -0.5}, "weight_decay should be >= 0 but is: -0.5"),
+    ),
+    other={
+        "lr": 0.1,
+        "beta2_decay": -0.2,
+        "eps": (0.5, 2.0),
+        "d": 2.0,
+        "weight_decay": 0.1,
+        "maximize": True,
+    },
+    towards={"d": 1},
+    ignored={"foreach": True},
+    reduced_slots=("row_var", "col_var", "variance"),
+    steps=4,
+    temporary=1.01,  # the update, which is stored for its root mean square
+    rate_message="Learning rate should be >= 0 but is: {}",
+    complex_message="Adafactor does not support complex parameters",
+    updates_empty=False,
+)
+
+CASES = (SGD, ADAM, ADAMW, RMSPROP, ADAGRAD, ADAMAX, NADAM, RADAM, ADADELTA, RPROP, ASGD, ADAFACTOR)

@@ -1,5 +1,6 @@
 """What PyTorch refuses is refused with PyTorch's message, through both faces."""
 
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,12 @@ REFUSED = [
     pytest.param(case, bad, id=f"{case}-" + ",".join(f"{name}={value}" for name, value in bad.options.items()))
     for case in CASES
     for bad in case.bad
+]
+PAIRS = [
+    pytest.param(case, name, id=f"{case}-{name}")
+    for case in CASES
+    for name, value in case.other.items()
+    if isinstance(value, tuple) and len(value) == 2
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -53,10 +60,21 @@ def test_pytorch_says_the_same(torch: Any, case: Case, bad: Bad) -> None:
         getattr(torch.optim, case.torch)([torch.ones(2)], **bad.options)
 
 
+@every_case
+def test_of_two_illegal_values_pytorchs_first_is_named(torch: Any, case: Case) -> None:
+    for one, other in itertools.combinations(case.bad, 2):
+        options = {**one.options, **other.options}
+        with pytest.raises(ValueError, match=r".+") as theirs:
+            getattr(torch.optim, case.torch)([torch.ones(2)], **options)
+        for make in FACES.values():
+            with pytest.raises(ValueError, match=f"^{re.escape(str(theirs.value))}"):
+                make(case, dict(options))
+
+
 @faces
 @every_case
 def test_array_out_of_range(case: Case, make: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match=r"^Invalid learning rate: -1\.0$"):
+    with pytest.raises(ValueError, match=exactly(case.rate_message.format(-1.0))):
         make(case, {"lr": jnp.array(-1.0)})
 
 
@@ -65,7 +83,7 @@ def test_override_out_of_range(case: Case) -> None:
     algorithm = case.factory()
     params = jnp.ones(2)
     state = algorithm.init(params)
-    with pytest.raises(ValueError, match=r"^Invalid learning rate: -1\.0$"):
+    with pytest.raises(ValueError, match=exactly(case.rate_message.format(-1.0))):
         algorithm.update(params, params, state, lr=-1.0)
     with pytest.raises(ValueError, match=r"^Tensor lr must be 1-element"):  # a tracer's shape is known
         jax.eval_shape(lambda lr: algorithm.update(params, params, state, lr=lr), jnp.ones(2))
@@ -73,7 +91,7 @@ def test_override_out_of_range(case: Case) -> None:
 
 @every_case
 def test_one_bad_leaf_of_a_tree_of_values(case: Case) -> None:
-    with pytest.raises(ValueError, match=r"^Invalid learning rate: -2\.0$"):
+    with pytest.raises(ValueError, match=exactly(case.rate_message.format(-2.0))):
         case.factory(lr={"base": 0.1, "head": -2.0})
 
 
@@ -108,14 +126,27 @@ def test_array_for_a_flag(case: Case, make: Callable[..., Any]) -> None:
 
 
 @faces
-@pytest.mark.parametrize("betas", [0.9, (0.9,), (0.9, 0.99, 0.999), (0.9, "x")], ids=str)
-@pytest.mark.parametrize("case", [case for case in CASES if "betas" in case.other], ids=str)
-def test_betas_that_are_no_pair(case: Case, make: Callable[..., Any], betas: Any) -> None:
-    with pytest.raises(TypeError, match=r"^betas"):
-        make(case, {"betas": betas})
+@pytest.mark.parametrize("value", [0.9, (0.9,), (0.9, 1.2, 1.3), (0.9, "x"), (0.9, None)], ids=str)
+@pytest.mark.parametrize(("case", "name"), PAIRS)
+def test_a_pair_that_is_none(case: Case, make: Callable[..., Any], name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^{name} must be a tuple of 2 numbers"):
+        make(case, {name: value})
 
 
 @every_case
 def test_schedules_belong_to_the_functional_core(case: Case) -> None:
     with pytest.raises(TypeError, match=r"^lr must be a number, .*schedules belong to optim.functional"):
         case.optimizer([jnp.ones(2)], lr=lambda count: 0.1)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.complex_message], ids=str)
+def test_complex_parameters_are_refused_where_pytorch_refuses_them(torch: Any, case: Case) -> None:
+    assert case.complex_message is not None
+    params = {"real": jnp.ones((2, 2)), "imaginary": jnp.ones((2, 2), jnp.complex64)}
+    for make in (case.optimizer, case.factory().init):
+        with pytest.raises(RuntimeError, match=exactly(f"{case.complex_message} ('imaginary')")):
+            make(params)
+    parameter = torch.nn.Parameter(torch.ones((2, 2), dtype=torch.complex64))
+    parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(RuntimeError, match=exactly(case.complex_message)):
+        getattr(torch.optim, case.torch)([parameter]).step()

@@ -73,7 +73,7 @@ def options_with(case: Case, name: str) -> dict[str, Any]:
 @numeric
 def test_prefix_equals_separate_runs(case: Case, name: str) -> None:
     options = options_with(case, name)
-    values = [options[name], jax.tree.map(lambda v: v * 0.5, options[name])]
+    values = [options[name], case.scaled(name, options[name], 0.5)]
     prefix = case.factory(**{**options, name: {"base": values[0], "head": values[1]}})
     params, state = train(prefix, PARAMS)
     for part, value in zip(("base", "head"), values, strict=True):
@@ -93,12 +93,12 @@ def test_schedule_is_evaluated_at_the_updates_done(case: Case, name: str) -> Non
     options = options_with(case, name)
 
     def at(count: Any) -> Any:
-        return jax.tree.map(lambda v: v / (1 + count), options[name])
+        return case.scaled(name, options[name], 1 / (1 + count))
 
     first = options[name]
-    schedule: Any = lambda count: first / (1 + count)  # noqa: E731
+    schedule: Any = at
     if isinstance(first, tuple):
-        schedule = tuple(lambda count, v=v: v / (1 + count) for v in first)
+        schedule = tuple(lambda count, i=i: at(count)[i] for i in range(len(first)))
     scheduled = case.factory(**{**options, name: schedule})
     params = expected = PARAMS
     state = expected_state = scheduled.init(params)
@@ -120,7 +120,7 @@ def test_a_schedule_sees_the_count_of_updates_done() -> None:
 @numeric
 def test_override_is_for_one_call(case: Case, name: str) -> None:
     options = options_with(case, name)
-    value = jax.tree.map(lambda v: v * 0.5, options[name])
+    value = case.scaled(name, options[name], 0.5)
     algorithm, other = case.factory(**options), case.factory(**{**options, name: value})
     grads = jax.grad(loss)(PARAMS)
     first = other.update(PARAMS, grads, algorithm.init(PARAMS))
@@ -183,12 +183,12 @@ def test_derivative_by_the_learning_rate(x64: None, case: Case, options: dict[st
 
     @jax.jit
     def final_loss(lr: Any) -> Any:
-        return loss(train(case.factory(**{**options, "lr": lr}), params)[0])
+        return loss(train(case.factory(**{**options, "lr": lr}), params, case.steps)[0])
 
-    h = 1e-6
+    h = case.difference
     numeric = (final_loss(0.05 + h) - final_loss(0.05 - h)) / (2 * h)
     assert abs(numeric) > 1e-3
-    np.testing.assert_allclose(jax.grad(final_loss)(0.05), numeric, rtol=1e-5)
+    np.testing.assert_allclose(jax.grad(final_loss)(0.05), numeric, rtol=10 * h)
 
 
 @variants
@@ -199,7 +199,7 @@ def test_derivatives_stay_finite_with_zero_gradients(case: Case, options: dict[s
 
     def final_loss(params: Any, overrides: Any) -> Any:
         state = algorithm.init(params)
-        for _ in range(3):
+        for _ in range(case.steps):
             params, state = algorithm.update(params, zeros, state, **overrides)
         return loss(params)
 
@@ -210,7 +210,7 @@ def test_derivatives_stay_finite_with_zero_gradients(case: Case, options: dict[s
 # --- complex parameters ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if not case.complex_message], ids=str)
 def test_complex_parameters_follow_jax_grad(case: Case) -> None:
     target = jnp.array([1.0 + 2.0j, -1.0 - 0.5j])
     distance = jax.grad(lambda z: jnp.sum(jnp.abs(z - target) ** 2))

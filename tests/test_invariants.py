@@ -47,6 +47,17 @@ def is_numeric(value: Any) -> bool:
     return not isinstance(value, bool)
 
 
+def every_dtype(*dtypes: str) -> Any:
+    """Every case under the options that keep all slots, with each of the dtypes that it takes."""
+    params = [
+        pytest.param(case, case.variants()[1], dtype, id=f"{case}-{dtype}")
+        for case in CASES
+        for dtype in dtypes
+        if not (case.complex_message and dtype.startswith("complex"))
+    ]
+    return pytest.mark.parametrize(("case", "options", "dtype"), params)
+
+
 class Pair(NamedTuple):
     left: Any
     right: Any
@@ -61,24 +72,24 @@ def params_of(dtype: Any) -> dict[str, Any]:
 
 
 def grads_of(params: Any, step: int = 0) -> Any:
-    """Gradients that shrink from step to step, so that amsgrad matters; some elements are zero."""
+    """Gradients that shrink for three steps, so that amsgrad matters, and then grow again; some elements are zero."""
     return jax.tree.map(
-        lambda p: jnp.asarray(((1 - np.arange(p.size).reshape(p.shape)) / (1 + step) ** 2).astype(p.dtype)),
+        lambda p: jnp.asarray(((1 - np.arange(p.size).reshape(p.shape)) / (1 + step % 3) ** 2).astype(p.dtype)),
         params,
     )
 
 
-def run_functional(case: Case, options: dict[str, Any], params: Any, steps: int = 3) -> tuple[Any, Any]:
+def run_functional(case: Case, options: dict[str, Any], params: Any, steps: int | None = None) -> tuple[Any, Any]:
     algorithm = case.factory(**options)
     state = algorithm.init(params)
-    for step in range(steps):
+    for step in range(case.steps if steps is None else steps):
         params, state = algorithm.update(params, grads_of(params, step), state)
     return params, state
 
 
-def run_facade(case: Case, options: dict[str, Any], params: Any, steps: int = 3) -> Any:
+def run_facade(case: Case, options: dict[str, Any], params: Any, steps: int | None = None) -> Any:
     optimizer = case.optimizer(params, **options)
-    for step in range(steps):
+    for step in range(case.steps if steps is None else steps):
         optimizer.step(grads_of(params, step))
     return optimizer
 
@@ -95,8 +106,7 @@ def frozen(tree: Any) -> Any:
 # --- dtype, structure, shapes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64", "complex64"])
-@every_slot
+@every_dtype("float32", "bfloat16", "float16", "float64", "complex64")
 def test_dtype_and_structure_are_kept(
     request: pytest.FixtureRequest, case: Case, options: dict[str, Any], dtype: str
 ) -> None:
@@ -104,29 +114,38 @@ def test_dtype_and_structure_are_kept(
         request.getfixturevalue("x64")
     params = params_of(dtype)
     final, state = run_functional(case, options, params)
-    trees = [final, *(tree for name, tree in state._asdict().items() if name != "step")]
     assert state.step.dtype == jnp.int32
     optimizer = run_facade(case, options, params)
+    pairs = [(final, params), (optimizer.params, params)]
     for name in state._fields[1:]:
-        trees.append(
-            jax.tree.unflatten(jax.tree.structure(params), [optimizer.state[b][name] for b in boxes(optimizer)])
-        )
-    for tree in [*trees, optimizer.params]:
-        chex.assert_trees_all_equal_shapes_and_dtypes(tree, params)
+        slots = [optimizer.state[box].get(name) for box in boxes(optimizer)]
+        like = params
+        if name in case.scalar_slots:
+            like = jax.tree.map(lambda p: jnp.float32(0), params)
+        elif name in case.reduced_slots:
+            before = getattr(case.factory(**options).init(params), name)
+            like = jax.tree.map(lambda slot: np.zeros(slot.shape, dtype), before)
+        pairs += [(getattr(state, name), like), (jax.tree.unflatten(jax.tree.structure(params), slots), like)]
+    for tree, like in pairs:
+        chex.assert_trees_all_equal_shapes_and_dtypes(tree, like)
         chex.assert_tree_all_finite(tree)
     chex.assert_trees_all_close(optimizer.params, final, rtol=1e-2 if dtype in ("bfloat16", "float16") else 1e-5)
 
 
 @variants
 def test_state_is_named_as_in_pytorch(torch: Any, case: Case, options: dict[str, Any]) -> None:
-    parameter = torch.nn.Parameter(torch.ones(2))
-    parameter.grad = torch.ones(2)
-    reference = getattr(torch.optim, case.torch)([parameter], **options)
+    shapes = [(2,), (2, 2)]
+    tensors = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+    for tensor in tensors:
+        tensor.grad = torch.ones_like(tensor)
+    reference = getattr(torch.optim, case.torch)(tensors, **options)
     reference.step()
-    _, state = run_functional(case, options, jnp.ones(2), steps=1)
-    assert {*state._fields} == {"step", *reference.state[parameter]}
-    optimizer = run_facade(case, options, jnp.ones(2), steps=1)
-    assert optimizer.state_dict()["state"].get(0, {}).keys() == reference.state[parameter].keys()
+    _, state = run_functional(case, options, [jnp.ones(shape) for shape in shapes], steps=1)
+    optimizer = run_facade(case, options, [jnp.ones(shape) for shape in shapes], steps=1)
+    for index, tensor in enumerate(tensors):
+        names = {name for name in state._fields[1:] if getattr(state, name)[index] is not None}
+        assert {"step", *names} == {"step", *reference.state[tensor]}
+        assert optimizer.state_dict()["state"].get(index, {}).keys() == reference.state[tensor].keys()
 
 
 @variants
@@ -135,15 +154,14 @@ def test_state_before_the_first_gradient(case: Case, options: dict[str, Any]) ->
     assert bool(optimizer.state_dict()["state"]) == case.state_at_construction
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "complex64"])
-@every_slot
+@every_dtype("bfloat16", "float16", "complex64")
 def test_zero_gradients_stay_finite(case: Case, options: dict[str, Any], dtype: str) -> None:
     params = {"w": jnp.array([0.0, 1.0], dtype)}
     zeros = jax.tree.map(jnp.zeros_like, params)
     algorithm = case.factory(**options)
     optimizer = case.optimizer(params, **options)
     final, state = params, algorithm.init(params)
-    for _ in range(3):
+    for _ in range(case.steps):
         final, state = algorithm.update(final, zeros, state)
         optimizer.step(zeros)
     chex.assert_tree_all_finite([final, state, optimizer.params, optimizer.state_dict()["state"]])
@@ -172,7 +190,7 @@ def test_values_given_as_arrays_share_one_program(compilations: Callable[[], int
     params = jnp.ones(3)
     state = algorithm.init(params)
     update = jax.jit(lambda value: algorithm.update(params, params, state, **{name: value}))
-    values = [jax.tree.map(lambda v, factor=factor: jnp.asarray(v * factor), value) for factor in (1, 0.5)]
+    values = [jax.tree.map(jnp.asarray, case.scaled(name, value, factor)) for factor in (1, 0.5)]
     update(values[0])
     before = compilations()
     update(values[1])
@@ -196,7 +214,7 @@ def test_facade_compiles_once(compilations: Callable[[], int], case: Case, optio
     for name in (name for name, value in case.other.items() if is_numeric(value)):
         value = group[name]
         # Zero switches slots off and on, which is another program; any other value is the same one.
-        group[name] = tuple(v * 0.9 for v in value) if isinstance(value, tuple) else value * 0.9
+        group[name] = case.scaled(name, value, 0.9)
         optimizer.step(grads)
     assert compilations() == before
 
@@ -281,7 +299,8 @@ def test_none_leaves_parameter_and_slots_alone(case: Case, options: dict[str, An
             assert (int(old), int(new)) == (2, 3)
         else:
             chex.assert_trees_all_equal(new["b"][0], old["b"][0])
-            assert not np.array_equal(new["a"], old["a"]), name
+            for before_step, after_step in ((old["a"], new["a"]), (old["b"][1], new["b"][1])):
+                assert before_step is None or not np.array_equal(after_step, before_step), name
 
     optimizer = run_facade(case, options, params, steps=2)
     untouched = boxes(optimizer)[1]
@@ -330,8 +349,18 @@ def test_each_hyperparameter_changes_the_result(case: Case, name: str) -> None:
     params = {"w": jnp.array([0.5, -1.0, 2.0])}
     options = {**case.base, **case.needs.get(name, {})}
     changed = {**options, name: case.other[name]}
-    for run in (lambda o: run_functional(case, o, params)[0], lambda o: run_facade(case, o, params).params):
-        assert np.abs(run(changed)["w"] - run(options)["w"]).max() > 1e-4
+    slot = case.seen_in.get(name)
+
+    def functional(options: dict[str, Any]) -> Any:
+        final, state = run_functional(case, options, params)
+        return (getattr(state, slot) if slot else final)["w"]
+
+    def facade(options: dict[str, Any]) -> Any:
+        optimizer = run_facade(case, options, params)
+        return optimizer.state[boxes(optimizer)[0]][slot] if slot else optimizer.params["w"]
+
+    for run in (functional, facade):
+        assert np.abs(run(changed) - run(options)).max() > 1e-4
 
 
 @each("ignored")
