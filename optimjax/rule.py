@@ -11,12 +11,11 @@ is called: precision, complex numbers, ``maximize`` and the storage of slots are
 import functools
 import inspect
 import math
-import operator
 import typing
 from collections import defaultdict, namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -70,13 +69,15 @@ class Rule:
         hyperparameters. ``step`` is 1 at the first update. Plain arithmetic: it runs in double precision on Python
         numbers (the facade) and on traced arrays (the functional core) alike.
       update: ``update(param, grad, slots, scalars, flags) -> (param, slots)``. Real arrays of one shape, float32 or
-        wider; scalars are zero-dimensional arrays or numbers.
+        wider; scalars are zero-dimensional arrays or numbers. ``flags.param_dtype`` is the dtype that the parameter is
+        stored in.
       check: ``check(hyper, flags)`` raises ``ValueError`` for a combination of values that makes no sense.
       check_param: ``check_param(param, flags)`` raises PyTorch's error for a parameter that the algorithm cannot take.
       counts_steps: whether PyTorch's state has ``step``. Where it has not, ``scalars`` may only tell the first update
         (1) from the later ones (2), which the facade knows by whether the slots exist.
       eager: whether PyTorch makes the state in the constructor, not at the first gradient.
-      batched: whether parameters of one shape are updated in one `jax.vmap` of ``update``: for matrix products.
+      batched: whether ``update`` takes lists, one item for each parameter of one shape, dtype and flags, and returns
+        lists: for matrix products of all of them at once.
       sparse: whether gradients are sparse (``jax.experimental.sparse.BCOO``). ``update`` then gets only the entries
         that the gradient names, of parameter, gradient and slots, and its arithmetic is that of a dense one.
     """
@@ -84,7 +85,7 @@ class Rule:
     slots: Any  # a NamedTuple class; typing has no name for "any NamedTuple class"
     init: Callable[..., Any]
     scalars: Callable[..., Any]
-    update: Callable[..., tuple[Array, Any]]
+    update: Callable[..., tuple[Any, Any]]
     check: Callable[[Any, Any], None] | None = None
     check_param: Callable[[Array, Any], None] | None = None
     counts_steps: bool = True
@@ -247,7 +248,7 @@ class Hyperparameters:
         self._structural = tuple(n for n, kind in self.kinds.items() if isinstance(kind, Structural))
         self.numeric = tuple(n for n, kind in self.kinds.items() if isinstance(kind, Numeric))
         # A tuple with names is hashable (a static argument of a compiled function) and reads as `flags.nesterov`.
-        self._flags = namedtuple("Flags", self._structural + self._switches)
+        self._flags = namedtuple("Flags", (*self._structural, *self._switches, "param_dtype"), defaults=[None])
         self._hyper = namedtuple("Hyper", self.numeric + self._structural)
 
     def _read(self, init: Callable[..., Any]) -> None:
@@ -261,11 +262,12 @@ class Hyperparameters:
 
     def check(self, values: Mapping[str, Any], rule: Rule | None) -> None:
         """Raise PyTorch's error for the first illegal value; keys that are no hyperparameters pass."""
-        for name, kind in self.kinds.items():
-            if name in values:
-                kind.check(name, values[name])
-                if isinstance(kind, Numeric) and kind.alike and len(set(map(_is_array, values[name]))) > 1:
-                    raise ValueError(f"{name} must be either both floats or both Tensors, got {values[name]}")
+        for name, value in values.items():
+            kind = self.kinds.get(name)
+            if kind is not None:
+                kind.check(name, value)
+            if isinstance(kind, Numeric) and kind.alike and len(set(map(_is_array, value))) > 1:
+                raise ValueError(f"{name} must be either both floats or both Tensors, got {value}")
         if rule is not None and rule.check is not None:
             rule.check(self.hyper(values), self.fixed_flags(values))
 
@@ -356,23 +358,22 @@ def apply_each(
         alike[param.shape, param.dtype, flags[index]].append(index)
     results: list[Any] = [None] * len(params)
     for (_, _, shared), members in alike.items():
-        parts = [(params[index], grads[index], slots[index], scalars[index]) for index in members]
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
-        updated = jax.vmap(functools.partial(apply, rule, shared))(*stacked)
-        for position, index in enumerate(members):
-            results[index] = jax.tree.map(operator.itemgetter(position), updated)
+        columns = [[column[index] for index in members] for column in (params, grads, slots, scalars)]
+        for index, *updated in zip(members, *apply(rule, shared, *columns), strict=True):
+            results[index] = tuple(updated)
     return results
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "flags"))
-def apply(rule: Rule, flags: Any, param: Array, grad: Any, slots: Any, scalars: NamedTuple) -> tuple[Array, Any]:
-    """One update of one parameter. Compiled, so that inside a larger program it is traced once for each shape.
+def apply(rule: Rule, flags: Any, param: Any, grad: Any, slots: Any, scalars: Any) -> tuple[Any, Any]:
+    """One update of one parameter, or where the rule is batched of a list of them.
 
-    Arithmetic runs in float32 at least and results are cast last: a float16 parameter with zero gradients stays
-    finite although 1e-8 is zero in float16. A complex parameter is its real and its imaginary part, side by side, as
-    PyTorch sees it; `jax.grad` returns the conjugate of PyTorch's gradient. Slots that are real all the same (a count,
-    a product of betas) serve both parts. Of a sparse gradient only the entries that it names are updated, and nothing
-    else is read: the cost grows with them, not with the parameter.
+    Compiled, so that inside a larger program it is traced once for each shape. Arithmetic runs in float32 at least and
+    results are cast last: a float16 parameter with zero gradients stays finite although 1e-8 is zero in float16. A
+    complex parameter is its real and its imaginary part, side by side, as PyTorch sees it; `jax.grad` returns the
+    conjugate of PyTorch's gradient. Slots that are real all the same (a count, a product of betas) serve both parts. Of
+    a sparse gradient only the entries that it names are updated, and nothing else is read: the cost grows with them,
+    not with the parameter.
     """
     if is_sparse(grad):
         entries = Entries(grad)
@@ -380,24 +381,24 @@ def apply(rule: Rule, flags: Any, param: Array, grad: Any, slots: Any, scalars: 
             rule, flags, entries.take(param), entries.values, jax.tree.map(entries.take, slots), scalars
         )
         return entries.put(param, touched), jax.tree.map(entries.put, slots, touched_slots)
-    if jnp.iscomplexobj(param):
+    dtype = jax.tree.leaves(param)[0].dtype
+    if jnp.issubdtype(dtype, jnp.complexfloating):
         (real, real_slots), (imag, imag_slots) = (
             apply(
                 rule,
                 flags,
-                part(param),
-                part(jnp.conj(grad)),
+                jax.tree.map(part, param),
+                jax.tree.map(lambda g, part=part: part(jnp.conj(g)), grad),
                 jax.tree.map(lambda slot, part=part: part(slot) if jnp.iscomplexobj(slot) else slot, slots),
                 scalars,
             )
             for part in (jnp.real, jnp.imag)
         )
         join = lambda old, re, im: jax.lax.complex(re, im) if jnp.iscomplexobj(old) else re  # noqa: E731
-        return jax.lax.complex(real, imag), jax.tree.map(join, slots, real_slots, imag_slots)
-    widen = functools.partial(jnp.asarray, dtype=jnp.promote_types(param.dtype, jnp.float32))
+        return jax.tree.map(join, (param, slots), (real, real_slots), (imag, imag_slots))
     if getattr(flags, "maximize", False):
-        grad = -grad
-    new_param, new_slots = rule.update(
-        widen(param), widen(grad), jax.tree.map(widen, slots), jax.tree.map(widen, scalars), flags
-    )
-    return new_param.astype(param.dtype), jax.tree.map(lambda new, old: new.astype(old.dtype), new_slots, slots)
+        grad = jax.tree.map(jnp.negative, grad)
+    flags = flags._replace(param_dtype=dtype)
+    widen = functools.partial(jnp.asarray, dtype=jnp.promote_types(dtype, jnp.float32))
+    updated = rule.update(*jax.tree.map(widen, (param, grad, slots, scalars)), flags)
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), updated, (param, slots))

@@ -1241,9 +1241,9 @@ class Batched(optim.Optimizer):
         slots=Norms,
         init=lambda param, hyper, flags: Norms(jnp.zeros((), param.dtype)),
         scalars=lambda step, hyper: Rate(hyper.lr),
-        update=lambda param, grad, slots, scalars, flags: (
-            param - scalars.lr * (grad @ grad.T @ param),
-            Norms(slots.norm + jnp.sum(grad)),
+        update=lambda params, grads, slots, scalars, flags: (
+            [p - s.lr * (g @ g.T @ p) for p, g, s in zip(params, grads, scalars, strict=True)],
+            [Norms(slot.norm + jnp.sum(g)) for slot, g in zip(slots, grads, strict=True)],
         ),
         check_param=_only_matrices,
         batched=True,
