@@ -37,7 +37,8 @@ class Entries:
 
     Attributes:
       index: their positions along the sparse axes, taken as one; int of shape ``(nse,)``.
-      values: their gradients, those of duplicates summed; of the gradient's ``data``'s shape, float32 at least.
+      values: their gradients, those of duplicates summed, zero behind the end; like the gradient's ``data``, but
+        float32 at least.
     """
 
     def __init__(self, grad: Any):
@@ -45,15 +46,17 @@ class Entries:
         self.count = count = math.prod(sizes)
         self._strides = np.array([math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))], int)
         self._sizes = np.array(sizes, int)
-        indices = grad.indices.astype(int)  # `count` may be too large for their own type
-        indices = jnp.where(indices < 0, indices + self._sizes, indices)  # from the end, as in indexing
+        nse = grad.nse if count else 0  # all is padding where there is nothing, which JAX cannot gather from
+        data, given = grad.data[:nse], grad.indices[:nse]
+        indices = given.astype(int)  # for `count` may be too large for their own type
+        indices = jnp.where(given < 0, indices + self._sizes, indices)  # from the end, as in indexing
         inside = jnp.all((indices >= 0) & (indices < self._sizes), axis=-1)
         flat = jnp.where(inside, jnp.sum(indices * self._strides, axis=-1), count)
-        distinct, position = jnp.unique(flat, return_inverse=True, size=grad.nse, fill_value=count)
+        distinct, position = jnp.unique(flat, return_inverse=True, size=nse, fill_value=count)
         # Behind the end, too, each index occurs once, or it would be wrong to call them unique.
-        self.index = jnp.where(distinct < count, distinct, count + jnp.arange(grad.nse))
-        wide = jnp.promote_types(grad.dtype, jnp.float32)
-        self.values = jnp.zeros(grad.data.shape, wide).at[position].add(grad.data.astype(wide))
+        self.index = jnp.where(distinct < count, distinct, count + jnp.arange(nse))
+        data = data.astype(jnp.promote_types(data.dtype, jnp.float32))
+        self.values = jnp.zeros_like(data).at[jnp.where(inside, position, nse)].add(data, mode="drop")
 
     def take(self, array: Array) -> Array:
         """The entries of a dense array of the gradient's shape."""

@@ -60,7 +60,7 @@ class Scalars(NamedTuple):
 def check_param(param: Array, flags: Any) -> None:
     """PyTorch's condition."""
     if jnp.iscomplexobj(param):
-        raise ValueError("Complex params: SparseAdam does not support complex parameters")
+        raise ValueError("SparseAdam does not support complex parameters")
 
 
 def init(param: Array, hyper: Any, flags: Any) -> Slots:
