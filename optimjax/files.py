@@ -1,0 +1,130 @@
+"""State dicts in one ``.safetensors`` file: arrays as tensors, everything else as JSON in the header."""
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["load", "save"]
+
+FORMAT = "optimjax"  # the header's entry that holds what is no array
+
+
+def save(path: str | os.PathLike[str], state_dict: Any) -> None:
+    """Write a state dict, of an optimizer, a scheduler, or a dict of several, to one file.
+
+    The file is written beside its place and then moved there: whatever happens, ``path`` holds the old content or the
+    new one.
+
+    Args:
+      path: usually ends in ``.safetensors``; its folder must exist.
+      state_dict: nested dicts, lists and tuples of arrays (JAX, NumPy, PyTorch), numbers, strings, booleans, ``None``.
+
+    Raises:
+      TypeError: it holds something else; the message names the path. Nothing is written then.
+      ImportError: ``safetensors`` is not installed.
+
+    >>> import tempfile
+    >>> import jax.numpy as jnp, optimjax as optim
+    >>> path = os.path.join(tempfile.mkdtemp(), "adam.safetensors")
+    >>> optimizer = optim.Adam({"w": jnp.ones(2)}, lr=0.1)
+    >>> optimizer.step({"w": jnp.ones(2)})
+    >>> optim.save(path, {"optimizer": optimizer.state_dict(), "epoch": 3})
+    >>> loaded = optim.load(path)
+    >>> optimizer.load_state_dict(loaded["optimizer"])
+    >>> loaded["epoch"]
+    3
+    """
+    tensors: dict[str, np.ndarray] = {}
+    header = json.dumps(_packed(state_dict, "", tensors))
+    path = Path(path)
+    library = _safetensors()
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    beside.touch()  # says at once if that cannot be
+    try:
+        library.numpy.save_file(tensors, beside, {FORMAT: header})
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())  # or a power failure might leave the new name on an empty file
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def load(path: str | os.PathLike[str]) -> Any:
+    """Read what :func:`save` has written.
+
+    Returns:
+      The same structure, arrays as NumPy arrays of the saved dtypes.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is truncated, or was not written by :func:`save`.
+      ImportError: ``safetensors`` is not installed.
+    """
+    library = _safetensors()
+    data = Path(path).read_bytes()
+    try:
+        tensors = dict(library.deserialize(data))
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][FORMAT])
+    except (library.SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{os.fspath(path)!r} is truncated, or no file that optim.save has written: {error}"
+        ) from error
+    return _unpacked(header, tensors)
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError("saving to .safetensors needs the safetensors package: pip install safetensors") from error
+    return safetensors
+
+
+# JSON has lists, and objects with strings as keys. What else there is becomes an object with one entry, the kind.
+
+
+def _packed(value: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, dict):
+        entries = [[_packed(k, path, tensors), _packed(v, f"{path}.{k}", tensors)] for k, v in value.items()]
+        return {"dict": entries}
+    if isinstance(value, (list, tuple)):
+        items = [_packed(item, f"{path}.{index}", tensors) for index, item in enumerate(value)]
+        return {"tuple": items} if isinstance(value, tuple) else items
+    if hasattr(value, "detach"):  # a PyTorch tensor
+        value = value.detach().cpu().numpy()
+    if isinstance(value, (jax.Array, np.ndarray, np.generic)) and _is_plain(value.dtype):
+        array: Any = np.asarray(value)
+        name = path.removeprefix(".")
+        pairs = array.dtype == np.complex128  # which the format has not: as float64, with one axis more
+        tensors[name] = np.stack([array.real, array.imag], axis=-1) if pairs else np.ascontiguousarray(array)
+        return {"array": [name, str(array.dtype), list(array.shape)]}
+    raise TypeError(f"cannot save {path.removeprefix('.')!r}, a {type(value).__name__}: {value!r}")
+
+
+def _is_plain(dtype: Any) -> bool:
+    """Numbers and booleans; no random keys, strings or objects."""
+    return jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)
+
+
+def _unpacked(value: Any, tensors: dict[str, Any]) -> Any:
+    if isinstance(value, list):
+        return [_unpacked(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "dict":
+        return {_unpacked(k, tensors): _unpacked(v, tensors) for k, v in content}
+    if kind == "tuple":
+        return tuple(_unpacked(item, tensors) for item in content)
+    name, dtype, shape = content
+    return np.frombuffer(tensors[name]["data"], jnp.dtype(dtype)).reshape(shape).copy()

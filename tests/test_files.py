@@ -1,0 +1,158 @@
+"""Saving to one file: what comes back, what is refused, and a file that is whole whatever happens."""
+
+import math
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import optimjax as optim
+from optimjax.files import load, save
+
+DTYPES = ["float16", "bfloat16", "float32", "float64", "complex64", "complex128", "int32", "int64", "uint8", "bool"]
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, np.ndarray):
+        return isinstance(b, np.ndarray) and a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and (a == b or (a != a and b != b))
+
+
+leaves = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.builds(
+        lambda shape, dtype: np.arange(math.prod(shape)).reshape(shape).astype(jnp.dtype(dtype)),
+        st.lists(st.integers(0, 3), max_size=3).map(tuple),
+        st.sampled_from(DTYPES),
+    )
+)
+trees = st.recursive(
+    leaves,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(st.integers() | st.text(), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(trees)
+@settings(max_examples=100, deadline=None)
+def test_what_is_saved_comes_back(tree: Any) -> None:
+    path = Path("tree.safetensors")
+    save(path, tree)
+    assert same(load(path), tree)
+    assert os.listdir() == [path.name]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_run_continues_from_a_file_bit_for_bit() -> None:
+    def make() -> Any:
+        params = {"w": jnp.arange(3.0), "b": jnp.ones((), "bfloat16")}
+        optimizer = optim.AdamW(params, lr=0.1, betas=(0.8, 0.9), amsgrad=True)
+        return optimizer, optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=5)
+
+    def run(optimizer: Any, scheduler: Any, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.step(jax.tree.map(jnp.cos, optimizer.params))
+            scheduler.step()
+
+    optimizer, scheduler = make()
+    run(optimizer, scheduler, 3)
+    save("run.safetensors", {"o": optimizer.state_dict(), "s": scheduler.state_dict(), "params": optimizer.params})
+    run(optimizer, scheduler, 3)
+
+    saved = load("run.safetensors")
+    other, restored = make()
+    for box, value in zip(other.param_groups[0]["params"], jax.tree.leaves(saved["params"]), strict=True):
+        box.value = value
+    other.load_state_dict(saved["o"])
+    restored.load_state_dict(saved["s"])
+    run(other, restored, 3)
+    jax.tree.map(np.testing.assert_array_equal, optimizer.params, other.params)
+    assert other.param_groups[0]["betas"] == (0.8, 0.9)
+    assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+
+
+def test_other_libraries_can_read_the_arrays(torch: Any) -> None:
+    from safetensors.torch import load_file
+
+    optimizer = optim.Adam([jnp.ones(2)], lr=0.1)
+    optimizer.step([jnp.ones(2)])
+    save("adam.safetensors", optimizer.state_dict())
+    tensors = load_file("adam.safetensors")
+    assert tensors.keys() == {"state.0.exp_avg", "state.0.exp_avg_sq"}
+    np.testing.assert_array_equal(tensors["state.0.exp_avg"].numpy(), optimizer.state_dict()["state"][0]["exp_avg"])
+    save("torch.safetensors", {"weight": torch.ones(2), "n": 1})
+    np.testing.assert_array_equal(load("torch.safetensors")["weight"], np.ones(2))
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, len, np.array(["a"]), np.array([None]), jax.random.key(0)])
+def test_what_cannot_be_saved_is_named_and_leaves_the_file(value: Any) -> None:
+    save("a.safetensors", {"before": 1})
+    with pytest.raises(TypeError, match=r"cannot save 'state\.0\.x'"):
+        save("a.safetensors", {"state": [{"x": value}]})
+    assert load("a.safetensors") == {"before": 1}
+    assert os.listdir() == ["a.safetensors"]
+
+
+def test_a_truncated_or_foreign_file_is_a_clear_error() -> None:
+    save("a.safetensors", {"x": np.arange(5.0)})
+    whole = Path("a.safetensors").read_bytes()
+    for size in range(len(whole)):
+        Path("a.safetensors").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"'a.safetensors' is truncated, or no file that optim.save has written"):
+            load("a.safetensors")
+    import safetensors.numpy
+
+    Path("b.safetensors").write_bytes(safetensors.numpy.save({"x": np.ones(2)}))
+    Path("c.safetensors").write_bytes(b"PK\x03\x04" + bytes(100))
+    for name in ("b.safetensors", "c.safetensors"):
+        with pytest.raises(ValueError, match="no file that"):
+            load(name)
+    with pytest.raises(FileNotFoundError):
+        load("d.safetensors")
+    with pytest.raises(FileNotFoundError):
+        save("missing/folder.safetensors", {})
+
+
+def test_killing_the_process_during_a_save_leaves_a_whole_file() -> None:
+    program = """
+    import numpy as np
+    from optimjax.files import save
+    for count in range(10**6):
+        save("run.safetensors", {"count": count, "array": np.full(200_000, count)})
+    """
+    for delay in (0.05, 0.11, 0.23):
+        process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)])
+        while not Path("run.safetensors").exists():
+            time.sleep(0.01)
+            assert process.poll() is None
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+        saved = load("run.safetensors")
+        assert (saved["array"] == saved["count"]).all()
