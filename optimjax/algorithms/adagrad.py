@@ -46,9 +46,9 @@ __all__ = ["Adagrad", "adagrad"]
 
 
 class Slots(NamedTuple):
-    """Kept for each parameter."""
+    """Kept for each parameter, of its shape and dtype."""
 
-    sum: Array  # shape and dtype of the parameter: s, the sum of the squared gradients
+    sum: Array  # s: sum of the squared gradients
 
 
 class Scalars(NamedTuple):

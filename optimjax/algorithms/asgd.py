@@ -41,7 +41,7 @@ class Slots(NamedTuple):
 
     eta: Array  # learning rate of the next step; float32 scalar
     mu: Array  # share of the next parameters in the mean; float32 scalar
-    ax: Array  # shape and dtype of the parameter: its mean
+    ax: Array  # mean of the parameters; of their shape and dtype
 
 
 class Scalars(NamedTuple):

@@ -24,8 +24,7 @@ does not give NaN although epsilon is zero in float16.
 Differs from optax:
 
 1. Epsilon is added to the root before bias correction; ``optax.radam`` adds it after.
-2. The threshold is passed when :math:`\rho_t > 5`, not at 5.
-3. ``weight_decay``, which optax does not have.
+2. ``weight_decay``, which optax does not have.
 """
 
 from __future__ import annotations  # signatures then show `LearningRate`, not what it stands for

@@ -56,7 +56,7 @@ class Slots(NamedTuple):
     """Kept for each parameter; each of its shape and dtype."""
 
     square_avg: Array  # v: running mean of the squared gradients
-    momentum_buffer: Array | None  # b; None without momentum
+    momentum_buffer: Array | None  # b: decaying sum of the steps; None without momentum
     grad_avg: Array | None  # running mean of the gradients; None unless centered
 
 

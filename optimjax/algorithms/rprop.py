@@ -16,8 +16,8 @@ Differs from PyTorch: nothing.
 
 Differs from optax:
 
-1. A step is taken with the present gradient; ``optax.rprop`` takes the one that it computed at the step before.
-2. The learning rate has a default, 1e-2.
+1. A step is taken with the present gradient; ``optax.rprop`` takes the one that it computed at the step before, and
+   drops it where the sign has turned since.
 """
 
 from __future__ import annotations  # signatures then show `LearningRate`, not what it stands for
@@ -42,7 +42,7 @@ class Slots(NamedTuple):
     """Kept for each parameter; each of its shape and dtype."""
 
     prev: Array  # the last gradient; 0 where its sign had turned
-    step_size: Array  # eta
+    step_size: Array  # eta: how far each element moves
 
 
 class Scalars(NamedTuple):

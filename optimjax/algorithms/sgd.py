@@ -33,9 +33,9 @@ __all__ = ["SGD", "sgd"]
 
 
 class Slots(NamedTuple):
-    """Kept for each parameter."""
+    """Kept for each parameter, of its shape and dtype."""
 
-    momentum_buffer: Array | None  # shape and dtype of the parameter: b; None without momentum
+    momentum_buffer: Array | None  # b: decaying sum of the gradients; None without momentum
 
 
 class Scalars(NamedTuple):

@@ -9,8 +9,7 @@ r"""SparseAdam: Adam of the entries that a sparse gradient names; all others, an
 with learning rate :math:`\gamma`. Everything is of the named entries, except that :math:`t` counts the updates of the
 whole parameter. An entry that is named with a zero gradient takes part: its moments decay, and it moves.
 
-Source: `PyTorch <https://docs.pytorch.org/docs/2.13/generated/torch.optim.SparseAdam.html>`_; Adam is of Kingma, Ba,
-"Adam: a method for stochastic optimization", ICLR 2015 (arXiv:1412.6980).
+Source: PyTorch; Adam is of Kingma, Ba, "Adam: a method for stochastic optimization", ICLR 2015 (arXiv:1412.6980).
 
 Differs from PyTorch:
 
