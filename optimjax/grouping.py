@@ -1,0 +1,107 @@
+"""Groups of parameters chosen by their names."""
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from optimjax.parameter import Parameter
+from optimjax.source import Source, source_of
+
+__all__ = ["ParameterGroups", "group_parameters"]
+
+
+class ParameterGroups(list[dict[str, Any]]):
+    """What :func:`group_parameters` returns: groups for an optimizer, and the whole that they were made from.
+
+    Attributes:
+      source: the tree or module.
+      frozen: ``(name, parameter)`` of those that no group has; ``add_param_group`` takes the list.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], source: Source, frozen: list[tuple[str, Parameter]]):
+        super().__init__(groups)
+        self.source = source
+        self.frozen = frozen
+
+
+def group_parameters(params: Any, rules: Sequence[Mapping[str, Any]]) -> ParameterGroups:
+    """Sort the parameters of a tree or module into groups, by name.
+
+    The optimizer made from them treats the tree or module as one whole: ``optimizer.params`` and the gradients given to
+    ``step`` have its structure.
+
+    Args:
+      params: a pytree of arrays, a ``flax.nnx`` module, or ``(name, Parameter)`` pairs.
+      rules: dicts like parameter groups, whose ``params`` says which: a glob (``"base.*"``; ``*`` also matches dots), a
+        compiled regular expression, which is searched for in the dotted name, or a function ``(name, value) -> bool``.
+        The first rule that matches a parameter has it. Those that none matches form a last group on the optimizer's
+        defaults. With ``requires_grad=False`` in place of options the parameters are frozen: they are in no group and
+        have no state.
+
+    Raises:
+      ValueError: a rule matches nothing; the message names near misses. Or parameters have no names.
+      TypeError: a rule of another form.
+
+    >>> import jax.numpy as jnp, optimjax as optim
+    >>> params = {"base": {"w": jnp.ones(2), "b": jnp.ones(2)}, "head": {"w": jnp.ones(2)}}
+    >>> groups = optim.group_parameters(
+    ...     params, [{"params": "base.b", "requires_grad": False}, {"params": "base.*", "lr": 0.1}]
+    ... )
+    >>> [group["params"][0][0] for group in groups], groups.frozen[0][0]
+    (['base.w', 'head.w'], 'base.b')
+    >>> optimizer = optim.SGD(groups, lr=1.0)
+    >>> optimizer.step({"base": {"w": jnp.ones(2), "b": None}, "head": {"w": jnp.ones(2)}})
+    >>> print(optimizer.params["base"]["w"], optimizer.params["base"]["b"], optimizer.params["head"]["w"])
+    [0.9 0.9] [1. 1.] [0. 0.]
+    """
+    source = source_of(params)
+    if source.names is None:
+        raise ValueError("parameters without names cannot be grouped by name: give (name, Parameter) pairs")
+    named = list(zip(source.names, source.parameters, strict=True))
+    left = dict(named)
+    groups, frozen, grads = [], [], {}
+    for index, rule in enumerate(rules):
+        where = f"rules[{index}]"
+        if not isinstance(rule, Mapping) or "params" not in rule:
+            raise TypeError(f"{where} must be a dict with 'params', got {rule!r}")
+        matches = _matcher(rule["params"], where)
+        members = [(name, box) for name, box in left.items() if matches(name, box.value)]
+        if not members:
+            raise ValueError(_nothing(where, rule["params"], matches, named))
+        for name, box in members:
+            del left[name]
+            grads[box] = rule.get("requires_grad", box.requires_grad)
+        options = {key: value for key, value in rule.items() if key not in ("params", "requires_grad")}
+        if rule.get("requires_grad", True):
+            groups.append({**options, "params": members})
+        elif options:
+            raise TypeError(f"{where} freezes its parameters, so {sorted(options)} would have no effect: leave it out")
+        else:
+            frozen += members
+    if left:
+        groups.append({"params": list(left.items())})
+    for box, wanted in grads.items():
+        box.requires_grad = wanted
+    return ParameterGroups(groups, source, frozen)
+
+
+def _matcher(pattern: Any, where: str) -> Callable[[str, Any], Any]:
+    if isinstance(pattern, str):
+        return lambda name, value: fnmatch.fnmatchcase(name, pattern)
+    if isinstance(pattern, re.Pattern):
+        return lambda name, value: pattern.search(name)
+    if callable(pattern):
+        return pattern
+    raise TypeError(f"'params' of {where} must be a glob, a compiled regular expression or a function, got {pattern!r}")
+
+
+def _nothing(where: str, pattern: Any, matches: Callable[[str, Any], Any], named: list[tuple[str, Parameter]]) -> str:
+    text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+    taken = [name for name, box in named if matches(name, box.value)]
+    if taken:
+        return f"{where} ({text!r}) matches only what rules before it have: {', '.join(taken[:3])}"
+    names = [name for name, _ in named]
+    near = difflib.get_close_matches(text, names, cutoff=0.3) if isinstance(text, str) else []
+    return f"{where} ({text!r}) matches no parameter; there are, for example, {', '.join(near or names[:3])}"
