@@ -7,6 +7,8 @@ from optimjax.algorithms.adam import adam
 from optimjax.algorithms.adamax import adamax
 from optimjax.algorithms.adamw import adamw
 from optimjax.algorithms.asgd import asgd
+from optimjax.algorithms.lbfgs import lbfgs
+from optimjax.algorithms.muon import muon
 from optimjax.algorithms.nadam import nadam
 from optimjax.algorithms.radam import radam
 from optimjax.algorithms.rmsprop import rmsprop
@@ -28,6 +30,8 @@ __all__ = [
     "asgd",
     "ema",
     "factory",
+    "lbfgs",
+    "muon",
     "nadam",
     "radam",
     "rmsprop",

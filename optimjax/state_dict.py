@@ -1,5 +1,6 @@
 """State dicts in PyTorch's layout: out (:func:`pack`) and in (:func:`load`)."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from optimjax.parameter import Parameter
 if TYPE_CHECKING:
     from optimjax.optimizer import Optimizer
 
-__all__ = ["load", "pack"]
+__all__ = ["load", "pack", "plain"]
 
 
 def pack(optimizer: "Optimizer") -> dict[str, Any]:
@@ -47,7 +48,7 @@ def load(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
     groups, state, known = [], {}, set()
     for index, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
         where = f" of param_groups[{index}]"
-        saved = {key: _plain(value, optimizer.defaults.get(key)) for key, value in saved.items()}
+        saved = {key: plain(value, optimizer.defaults.get(key)) for key, value in saved.items()}
         if "params" not in saved:
             raise ValueError(f"loaded state dict has no 'params' in param_groups[{index}], only {sorted(saved)}")
         if len(saved["params"]) != len(group["params"]):
@@ -61,7 +62,13 @@ def load(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
             merged["param_names"] = list(group["param_names"])
         groups.append(merged)
         shapes = optimizer._slot_shapes(merged, where)
-        for box, saved_id in zip(group["params"], _matched(group, saved, where), strict=True):
+        ids = _matched(group, saved, where)
+        if optimizer.joint_state and list(ids) != list(saved["params"]):
+            raise ValueError(
+                f"{type(optimizer).__name__} keeps one vector for all parameters, whose order must be that of the "
+                f"loaded state dict: {saved['param_names']}, the optimizer has {group['param_names']}"
+            )
+        for box, saved_id in zip(group["params"], ids, strict=True):
             entries = state_dict["state"].get(saved_id, state_dict["state"].get(str(saved_id)))
             known |= {saved_id, str(saved_id)}
             if entries:
@@ -97,16 +104,19 @@ def _matched(group: Mapping[str, Any], saved: Mapping[str, Any], where: str) -> 
 def _entries(optimizer: "Optimizer", box: Parameter, saved: Mapping[str, Any], shapes: Any) -> dict[str, Any]:
     """The state of one parameter, as arrays of the saved dtype."""
     entries = {}
+    convert = functools.partial(_array, box=box)
+    if shapes is None:  # an optimizer with a step of its own may keep lists, or any trees
+        convert = functools.partial(jax.tree.map, convert)
     for name, value in saved.items():
         if value is not None:
             try:
-                entries[name] = int(np.asarray(value)) if name == "step" else _array(value, box)
+                entries[name] = int(np.asarray(value)) if name == "step" else convert(value)
             except (TypeError, ValueError) as error:
                 what = "a number" if name == "step" else "an array"
                 message = f"loaded state of parameter {str(box)!r}: {name!r} is {value!r}, which is not {what}: {error}"
                 raise ValueError(message) from None
-    if shapes is None:  # an optimizer with a step of its own keeps what it likes
-        return entries
+    if shapes is None:
+        return optimizer._checked(box, entries)
     expected = shapes(box)
     for name, value in entries.items():
         if name == "step" and optimizer._rule().counts_steps:
@@ -115,6 +125,8 @@ def _entries(optimizer: "Optimizer", box: Parameter, saved: Mapping[str, Any], s
             raise ValueError(
                 f"loaded state of parameter {str(box)!r} has {name!r}, which {type(optimizer).__name__} does not keep"
             )
+        if expected[name] is not None and isinstance(value, (bool, int, float)):
+            entries[name] = value = jnp.asarray(value, jnp.float32)  # as JSON and older PyTorch have scalars
         if expected[name] is not None and value.shape != expected[name]:
             raise ValueError(
                 f"loaded state of parameter {str(box)!r}: {name!r} has shape {value.shape}, expected {expected[name]}"
@@ -139,10 +151,10 @@ def _array(value: Any, box: Parameter) -> Any:
     return array
 
 
-def _plain(value: Any, default: Any = None) -> Any:
+def plain(value: Any, default: Any = None) -> Any:
     """Undo what checkpointers and other frameworks do to plain Python values in groups."""
     if isinstance(value, (list, tuple)):
-        return (tuple if isinstance(default, tuple) else type(value))(map(_plain, value))
+        return (tuple if isinstance(default, tuple) else type(value))(map(plain, value))
     if hasattr(value, "detach"):
         value = value.detach().cpu().numpy()
     if isinstance(value, (np.generic, np.ndarray)) and np.ndim(value) == 0:

@@ -43,7 +43,8 @@ class ParameterState(MutableMapping[str, Any]):
 
     def __init__(self, values: Mapping[str, Any] = {}):
         self._values = dict(values)
-        self.place: Place | None = None  # of what is newer than the values, and seen by nobody
+        # Of what is newer than the values, and seen by nobody: a Place, or for LBFGS, which has no buckets, its like.
+        self.place: Any = None
 
     def peek(self) -> dict[str, Any]:
         """The entries; from now on they count as seen."""

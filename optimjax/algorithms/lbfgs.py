@@ -1,0 +1,619 @@
+r"""L-BFGS: quasi-Newton steps along a direction made from the last differences of parameters and gradients.
+
+One call of ``step`` is up to ``max_iter`` iterations. With all parameters side by side in one vector
+:math:`\theta`, gradient :math:`g_k` and history of pairs :math:`(s_i, y_i)`, iteration :math:`k` is
+
+.. math::
+    s &\leftarrow t_{k-1} d_{k-1}, \qquad y \leftarrow g_k - g_{k-1} \\
+    \text{if } y^\top s > 10^{-10} &: \text{ store } (s, y),\ \rho = 1 / y^\top s,\
+        \text{drop the oldest pair};\ \eta \leftarrow y^\top s / y^\top y \\
+    d_k &\leftarrow -H_k g_k \ \text{, by the two-loop recursion:} \\
+    q &\leftarrow -g_k; \quad \text{newest to oldest: } \alpha_i \leftarrow \rho_i s_i^\top q,\
+        q \leftarrow q - \alpha_i y_i \\
+    r &\leftarrow \eta q; \quad \text{oldest to newest: } \beta \leftarrow \rho_i y_i^\top r,\
+        r \leftarrow r + (\alpha_i - \beta) s_i; \qquad d_k \leftarrow r \\
+    t_k &\leftarrow \gamma \ \text{, at the very first iteration } \gamma \min(1, 1 / \lVert g \rVert_1)
+        \text{; with a line search, what it finds from there} \\
+    \theta_{k+1} &\leftarrow \theta_k + t_k d_k
+
+with learning rate :math:`\gamma`. A call ends when the directional derivative is above ``-tolerance_change`` (before
+the parameters move), after ``max_iter`` iterations or ``max_eval`` evaluations, when no element of the gradient is
+larger than ``tolerance_grad``, or when neither the step nor the loss has changed by more than ``tolerance_change``. The
+line search is described in :mod:`optimjax.line_search`.
+
+The two loops, the search and all iterations are one compiled program. The history takes
+``2 * history_size`` vectors from the start, for a program has arrays of one shape.
+
+Source: Liu, Nocedal, "On the limited memory BFGS method for large scale optimization", Mathematical Programming 45
+(1989).
+
+Differs from PyTorch:
+
+1. A loss that is not finite ends the line search with the best point that it has, at worst where it began. PyTorch goes
+   on with NaN: its parameters are lost.
+2. Making ``history_size`` smaller in a running optimizer drops the oldest pairs; in PyTorch the history then grows
+   without end. ``history_size=0`` is refused at once, not at the second iteration.
+3. What PyTorch refuses at the first step, an unknown ``line_search_fn`` or a second group, is refused when it is given.
+4. In half precision the vectors are float32.
+
+Differs from optax:
+
+1. One call is up to ``max_iter`` iterations that evaluate the loss themselves; ``optax.lbfgs`` does one, and is handed
+   value and gradient.
+2. Without ``line_search_fn`` the step has the length ``lr``; optax always searches, unless told not to.
+3. Pairs that would make the direction no descent are left out; optax stores every pair.
+4. The history has 100 pairs, in optax 10.
+"""
+
+from __future__ import annotations  # signatures then show `LearningRate`, not what it stands for
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from optimjax.lift import Algorithm, check_overrides, factory
+from optimjax.line_search import Point, strong_wolfe
+from optimjax.loss import value_and_grad
+from optimjax.optimizer import Optimizer
+from optimjax.parameter import Parameter
+from optimjax.rule import LearningRate, Number, Numeric, Structural
+from optimjax.tree import check_gradient, flatten_params, match, names
+from optimjax.vector import Layout, dot, largest
+
+__all__ = ["LBFGS", "lbfgs"]
+
+CURVATURE = 1e-10  # a pair is stored where y · s is larger
+
+# PyTorch's entries of the state of the first parameter, in its order.
+COUNTS = ("func_evals", "n_iter")
+HISTORY = ("old_dirs", "old_stps", "ro")
+VECTORS = ("d", "old_dirs", "old_stps", "prev_flat_grad")
+ENTRIES = (*COUNTS, "d", "t", *HISTORY, "H_diag", "prev_flat_grad", "prev_loss")
+
+
+class State(NamedTuple):
+    """What one call hands to the next. ``n`` is the number of elements of all parameters, ``m`` the history size."""
+
+    step: Array  # [] int32, calls done; schedules are evaluated at it
+    func_evals: Array  # [] int32, evaluations of the loss
+    n_iter: Array  # [] int32, iterations
+    d: Array  # [n], the last direction
+    t: Array  # [], the step length along it
+    old_dirs: Array  # [m, n], differences of gradients y; pair number i is in row i % m
+    old_stps: Array  # [m, n], differences of parameters s
+    ro: Array  # [m], 1 / (y · s)
+    stored: Array  # [] int32, pairs stored since the first iteration; the last m of them are there
+    H_diag: Array  # [], scale of the first guess of the inverse Hessian
+    prev_flat_grad: Array  # [n], the gradient that the last direction was made from
+    prev_loss: Array  # [], the loss there
+
+
+class Scalars(NamedTuple):
+    """The numeric hyperparameters."""
+
+    lr: Any
+    max_iter: Any
+    max_eval: Any
+    tolerance_grad: Any
+    tolerance_change: Any
+
+
+# --- The algorithm ----------------------------------------------------------------------------------------------------
+
+
+def init(layout: Layout, history_size: int) -> State:
+    """Before the first call. Each array is one of its own, so that a step may update all of them in place."""
+
+    def zeros(*shape: int) -> Array:
+        return jnp.zeros(shape, layout.dtype)
+
+    def count() -> Array:
+        return jnp.zeros((), jnp.int32)
+
+    n, m = layout.size, history_size
+    return State(
+        step=count(),
+        func_evals=count(),
+        n_iter=count(),
+        d=zeros(n),
+        t=zeros(),
+        old_dirs=zeros(m, n),
+        old_stps=zeros(m, n),
+        ro=zeros(m),
+        stored=count(),
+        H_diag=jnp.ones((), layout.dtype),
+        prev_flat_grad=zeros(n),
+        prev_loss=zeros(),
+    )
+
+
+class Iteration(NamedTuple):
+    """What one iteration hands to the next."""
+
+    state: State
+    x: Array  # [n], the parameters
+    loss: Array  # [], there
+    grad: Array  # [n], there
+    aux: Any
+    n_iter: Array  # [] int32, of this call
+    evaluations: Array  # [] int32, of this call
+    done: Array  # [] bool
+
+
+def minimize(
+    evaluate: Callable[[Array, Any], tuple[Array, Array, Any]],
+    round_off: Callable[[Array], Array],
+    line_search_fn: str | None,
+    state: State,
+    x: Array,
+    loss: Array,
+    grad: Array,
+    aux: Any,
+    scalars: Scalars,
+) -> tuple[State, Array, Any]:
+    """One call of ``step``.
+
+    Args:
+      evaluate: ``evaluate(x, aux) -> (loss, gradient, aux)``, the gradient a vector.
+      round_off: gives a vector of parameters the precision that the parameters have.
+      line_search_fn: ``"strong_wolfe"`` or ``None``.
+      state: what the last call has left.
+      x: the parameters.
+      loss: at ``x``.
+      grad: at ``x``.
+      aux: what evaluations hand on to each other, any pytree; that of the evaluation at ``x``.
+      scalars: the hyperparameters.
+
+    Returns:
+      The new state and parameters, and ``aux`` of the last evaluation.
+    """
+    scalars = Scalars(*[jnp.asarray(scalar, x.dtype) for scalar in scalars])
+
+    def no_gradient(grad: Array) -> Array:
+        return largest(grad) <= scalars.tolerance_grad
+
+    def iterate(last: Iteration) -> Iteration:
+        state = with_direction(last.state, last.grad, last.loss)
+        n_iter, d = last.n_iter + 1, state.d
+        t = jnp.where(state.n_iter == 1, jnp.minimum(1, 1 / jnp.sum(jnp.abs(last.grad))), 1) * scalars.lr
+        start = Point(jnp.zeros_like(t), last.loss, dot(last.grad, d), last.grad)
+        flat = start.slope > -scalars.tolerance_change
+
+        def moved(t: Array) -> Array:
+            return round_off(last.x + t * d)
+
+        def trial(t: Array, aux: Any) -> tuple[Point, Any]:
+            loss, grad, aux = evaluate(moved(t), aux)
+            return Point(t, loss.astype(t.dtype), dot(grad, d), grad), aux
+
+        if line_search_fn is None:
+            # After the last iteration not: with another batch in the next call it would be of no use.
+            again = ~flat & (n_iter != scalars.max_iter)
+            stay = lambda t, aux: (start._replace(t=t), aux)  # noqa: E731
+            point, aux = jax.lax.cond(again, trial, stay, t, last.aux)
+            evaluations, lost = again.astype(jnp.int32), False
+        else:
+            left = scalars.max_eval - last.evaluations
+            point, evaluations, aux = strong_wolfe(
+                trial, start, t, largest(d), last.aux, left, scalars.tolerance_change, skip=flat
+            )
+            point = point._replace(t=jnp.where(flat, t, point.t))
+            lost = ~jnp.isfinite(point.slope)  # only where the start was not finite either
+        total = last.evaluations + evaluations
+        return Iteration(
+            state=state._replace(t=point.t, func_evals=state.func_evals + evaluations),
+            # Where nothing moves, a direction that is not finite must not matter.
+            x=jnp.where(flat | (point.t == 0), last.x, moved(point.t)),
+            loss=point.loss,
+            grad=point.grad,
+            aux=aux,
+            n_iter=n_iter,
+            evaluations=total,
+            done=flat
+            | lost
+            | (total >= scalars.max_eval)
+            | no_gradient(point.grad)
+            | (largest(d * point.t) <= scalars.tolerance_change)
+            | (jnp.abs(point.loss - last.loss) < scalars.tolerance_change),
+        )
+
+    start = Iteration(
+        state=state._replace(step=state.step + 1, func_evals=state.func_evals + 1),
+        x=x,
+        loss=loss.astype(x.dtype),
+        grad=grad,
+        aux=aux,
+        n_iter=jnp.int32(0),
+        evaluations=jnp.int32(1),
+        done=no_gradient(grad),
+    )
+    end = jax.lax.while_loop(lambda it: ~it.done & (it.n_iter < scalars.max_iter), iterate, start)
+    return end.state, end.x, end.aux
+
+
+def with_direction(state: State, grad: Array, loss: Array) -> State:
+    """The state with one more pair, where it is good enough, and the direction from here."""
+    first, size = state.n_iter == 0, len(state.ro)
+    y, s = grad - state.prev_flat_grad, state.d * state.t
+    ys = dot(y, s)
+    store = ~first & (ys > CURVATURE)
+    row = state.stored % size
+    stored = jnp.where(first, 0, state.stored + store)
+
+    # Written as it was where nothing is stored: choosing between whole histories would copy them.
+    def with_row(rows: Array, new: Array) -> Array:
+        return rows.at[row].set(jnp.where(store, new, rows[row]))
+
+    old_dirs, old_stps, ro = with_row(state.old_dirs, y), with_row(state.old_stps, s), with_row(state.ro, 1 / ys)
+    scale = jnp.where(first, 1, jnp.where(store, ys / dot(y, y), state.H_diag))
+    count = jnp.minimum(stored, size)
+
+    def from_newest(back: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        q, al = carry
+        i = (stored - 1 - back) % size
+        a = dot(old_stps[i], q) * ro[i]
+        return q - a * old_dirs[i], al.at[i].set(a)
+
+    def from_oldest(age: Array, r: Array) -> Array:
+        i = (stored - count + age) % size
+        return r + (al[i] - dot(old_dirs[i], r) * ro[i]) * old_stps[i]
+
+    q, al = jax.lax.fori_loop(0, count, from_newest, (-grad, jnp.zeros_like(ro)))
+    d = jax.lax.fori_loop(0, count, from_oldest, q * scale)
+    return state._replace(
+        n_iter=state.n_iter + 1,
+        d=d,
+        old_dirs=old_dirs,
+        old_stps=old_stps,
+        ro=ro,
+        stored=stored,
+        H_diag=scale,
+        prev_flat_grad=grad,
+        prev_loss=loss,
+    )
+
+
+def check_structure(history_size: Any, line_search_fn: Any) -> None:
+    """Raise for structural values that PyTorch cannot run with.
+
+    Raises:
+      ValueError: ``history_size`` is no positive integer.
+      RuntimeError: ``line_search_fn`` is unknown.
+    """
+    if not isinstance(history_size, int) or history_size < 1:
+        raise ValueError(f"Invalid history_size: {history_size!r}")
+    if line_search_fn not in (None, "strong_wolfe"):
+        raise RuntimeError(f"only 'strong_wolfe' is supported, got {line_search_fn!r}")
+
+
+def gradient(layout: Layout, grads: Sequence[Array]) -> Array:
+    """Gradients as one vector. PyTorch's gradient of a complex parameter is the conjugate of JAX's."""
+    return layout.flatten(list(map(jnp.conj, grads)))
+
+
+# --- The functional face ----------------------------------------------------------------------------------------------
+
+
+def algorithm(hyperparameters: Any, values: Mapping[str, Any]) -> Algorithm:
+    """The algorithm with these hyperparameters over a pytree."""
+    hyperparameters.check(values, None)
+    history_size, line_search_fn = values["history_size"], values["line_search_fn"]
+    check_structure(history_size, line_search_fn)
+
+    def layout_of(leaves: Sequence[Array]) -> Layout:
+        shapes, dtypes = tuple(leaf.shape for leaf in leaves), tuple(leaf.dtype for leaf in leaves)
+        return Layout(shapes, dtypes, tuple(range(len(leaves))))
+
+    def initial(params: Any) -> State:
+        """The state before the first update."""
+        return init(layout_of(flatten_params(params)[0]), history_size)
+
+    def update(
+        params: Any, grads: Any, state: State, *, loss_fn: Callable[[Any], Array], **overrides: Any
+    ) -> tuple[Any, State]:
+        """Up to ``max_iter`` iterations."""
+        leaves, treedef = flatten_params(params)
+        check_overrides(hyperparameters, overrides)
+        now = {**values, **overrides}
+        hyperparameters.check(now, None)
+        layout = layout_of(leaves)
+        if not isinstance(state, State) or np.shape(state.old_dirs) != (history_size, layout.size):
+            raise TypeError(
+                f"state must be the State that init returns for these parameters and history_size={history_size}, got "
+                f"{jax.tree.map(np.shape, state)}"
+            )
+
+        def evaluate(leaves: list[Array]) -> tuple[Array, Array]:
+            loss, grads = jax.value_and_grad(lambda leaves: loss_fn(treedef.unflatten(leaves)))(leaves)
+            return loss, gradient(layout, grads)
+
+        if grads is None:
+            loss, grad = evaluate(leaves)
+        else:
+            given = match(treedef, grads, lambda: names(params))
+            for index, (leaf, one) in enumerate(zip(leaves, given, strict=True)):
+                if one is not None:
+                    check_gradient(lambda index=index: names(params)[index] or "params", leaf, one)
+            given = [jnp.zeros_like(p) if g is None else jnp.asarray(g) for p, g in zip(leaves, given, strict=True)]
+            loss, grad = loss_fn(params), gradient(layout, given)
+        kinds: Any = hyperparameters.kinds
+        scalars = Scalars(*[kinds[name].resolve(now[name], state.step) for name in Scalars._fields])
+        state, x, _ = minimize(
+            lambda x, _: (*evaluate(layout.unflatten(x)), None),
+            layout.rounded, line_search_fn, state, layout.flatten(leaves), loss, grad, None, scalars,
+        )  # fmt: skip
+        return treedef.unflatten(layout.unflatten(x)), state
+
+    return Algorithm(initial, update)
+
+
+# --- The facade -------------------------------------------------------------------------------------------------------
+
+
+def _step(
+    loss_fn: Any, cut: Any, layout: Layout, line_search_fn: Any, state: State, params: Any, traced: Any, scalars: Any
+) -> tuple[State, list[Array], Array, list[Array]]:
+    """One call in one program: ``(state, params, loss at the beginning, what the loss has changed in modules)``."""
+    # What the loss changes in a module, batch statistics or random state, goes from each evaluation to the next.
+    changing = [index for role, index in cut.state_roles if role == "traced"]
+
+    def evaluate(params: list[Array], changed: list[Array]) -> tuple[Array, Array, list[Array]]:
+        arrays = list(traced)
+        for index, array in zip(changing, changed, strict=True):
+            arrays[index] = array
+        loss, _, changed, grads = value_and_grad(loss_fn, cut, False, params, arrays, [None] * len(params))
+        return loss, gradient(layout, grads), changed
+
+    loss, grad, changed = evaluate(params, [traced[index] for index in changing])
+    state, x, changed = minimize(
+        lambda x, changed: evaluate(layout.unflatten(x), changed),
+        layout.rounded, line_search_fn, state, layout.flatten(params), loss, grad, changed, scalars,
+    )  # fmt: skip
+    return state, layout.unflatten(x), loss, changed
+
+
+_STATIC = ("loss_fn", "cut", "layout", "line_search_fn")
+_step_copying = jax.jit(_step, static_argnames=_STATIC, donate_argnames="state")
+_step_in_place = jax.jit(_step, static_argnames=_STATIC, donate_argnames=("state", "params"))
+
+
+class Kept(NamedTuple):
+    """The state between two steps, for as long as nobody has looked at it."""
+
+    state: State
+
+    def entries(self) -> dict[str, Any]:
+        """As PyTorch's state has it: counts as numbers, the history as lists, the oldest first."""
+        state = self.state
+        entries: dict[str, Any] = {"func_evals": int(state.func_evals), "n_iter": int(state.n_iter)}
+        if entries["n_iter"]:
+            stored, size = int(state.stored), len(state.ro)
+            rows = np.arange(max(stored - size, 0), stored) % size
+            entries |= {
+                "d": state.d,
+                "t": float(state.t),
+                "old_dirs": list(state.old_dirs[rows]),
+                "old_stps": list(state.old_stps[rows]),
+                "ro": list(state.ro[rows]),
+                "H_diag": state.H_diag,
+                "prev_flat_grad": state.prev_flat_grad,
+                "prev_loss": float(state.prev_loss),
+            }
+        return entries
+
+    def leave(self) -> None:
+        """The entries are the state now."""
+
+
+def from_entries(entries: Mapping[str, Any], layout: Layout, history_size: int) -> State:
+    """The state, in arrays of its own, from PyTorch's entries; of a longer history the newest pairs."""
+    counts = {name: jnp.int32(int(entries.get(name, 0))) for name in COUNTS}
+    state = init(layout, history_size)._replace(**counts)
+    if "d" not in entries:
+        return state
+    arrays = {
+        name: jnp.array(entries[name], layout.dtype, copy=True) for name in ENTRIES if name not in (*COUNTS, *HISTORY)
+    }
+    history = {name: entries[name][-history_size:] for name in HISTORY}
+    stored = len(history["ro"])
+    if stored:
+        arrays |= {
+            name: getattr(state, name).at[:stored].set(jnp.stack(list(map(jnp.asarray, rows))).astype(layout.dtype))
+            for name, rows in history.items()
+        }
+    return state._replace(**arrays, stored=jnp.int32(stored))
+
+
+class LBFGS(Optimizer):
+    """L-BFGS, as ``torch.optim.LBFGS``.
+
+    All parameters form one group, and ``step`` takes a loss function only: it evaluates the loss many times.
+
+    Args:
+      params: what to optimize; see :class:`optimjax.Optimizer`.
+      lr: step length, with a line search its first trial; at least 0.
+      max_iter: most iterations of one step.
+      max_eval: most evaluations of the loss in one step, after which no iteration begins; ``max_iter * 5 // 4`` unless
+        given.
+      tolerance_grad: a step ends where no element of the gradient is larger.
+      tolerance_change: a step ends where the loss, or every parameter, has changed by no more.
+      history_size: how many pairs of differences are kept, each as large as all parameters twice; at least 1.
+      line_search_fn: ``"strong_wolfe"``, or ``None`` for steps of length ``lr``.
+
+    Raises:
+      ValueError: a hyperparameter is out of range; a second group.
+      RuntimeError: an unknown ``line_search_fn``.
+
+    >>> import jax.numpy as jnp, optimjax as optim
+    >>> def rosenbrock(params):
+    ...     x, y = params
+    ...     return (1 - x) ** 2 + 100 * (y - x**2) ** 2
+    >>> optimizer = optim.LBFGS([jnp.array(-1.5), jnp.array(2.0)], line_search_fn="strong_wolfe")
+    >>> for _ in range(3):
+    ...     loss = optimizer.step(rosenbrock)
+    >>> x, y = optimizer.params
+    >>> print(f"{loss:.4f} {x:.2f} {y:.2f}")
+    0.0000 1.00 1.00
+
+    As a pure function, :func:`optimjax.functional.lbfgs`:
+
+    >>> lbfgs = optim.functional.lbfgs(line_search_fn="strong_wolfe", max_iter=100)
+    >>> start = jnp.array([-1.5, 2.0])
+    >>> params, state = lbfgs.update(start, None, lbfgs.init(start), loss_fn=rosenbrock)
+    >>> print(params.round(2), state.n_iter < 50)
+    [1. 1.] True
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: LearningRate = 1,
+        max_iter: Number = 20,
+        max_eval: Annotated[Any, Numeric()] = None,
+        tolerance_grad: Number = 1e-7,
+        tolerance_change: Number = 1e-9,
+        history_size: Annotated[int, Structural()] = 100,
+        line_search_fn: Annotated[str | None, Structural()] = None,
+    ):
+        if max_eval is None:
+            Numeric().check("max_iter", max_iter)
+            most: Any = max_iter
+            max_eval = (lambda count: most(count) * 5 // 4) if callable(max_iter) else most * 5 // 4
+        defaults = dict(
+            lr=lr,
+            max_iter=max_iter,
+            max_eval=max_eval,
+            tolerance_grad=tolerance_grad,
+            tolerance_change=tolerance_change,
+            history_size=history_size,
+            line_search_fn=line_search_fn,
+        )
+        super().__init__(params, defaults)
+
+    joint_state = True
+
+    @classmethod
+    def _algorithm(cls, values: Mapping[str, Any]) -> Algorithm:
+        return algorithm(cls.hyperparameters, values)
+
+    def _check(self, values: Mapping[str, Any], where: str) -> None:
+        super()._check(values, where)
+        check_structure(values["history_size"], values["line_search_fn"])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add the one group of parameters; the constructor does so.
+
+        Raises:
+          ValueError: there is one already.
+        """
+        if self.param_groups:
+            raise ValueError("LBFGS doesn't support per-parameter options (parameter groups)")
+        super().add_param_group(param_group)
+
+    def step(self, loss_fn: Any = None, *args: Any) -> Array:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Up to ``max_iter`` iterations, in one compiled program.
+
+        Args:
+          loss_fn: returns a real scalar; called as by :meth:`optimjax.Optimizer.backward`.
+          args: its further arguments.
+
+        Returns:
+          The loss at the beginning, as in PyTorch.
+
+        Raises:
+          TypeError: no loss function. The loss is evaluated at points of the optimizer's choice, so that gradients
+            alone will not do.
+        """
+        if not callable(loss_fn) or self._are_gradients(loss_fn):
+            raise TypeError(
+                "LBFGS evaluates the loss itself: it takes step(loss_fn, *args), neither step() nor step(grads); got "
+                f"{type(loss_fn).__name__}: {loss_fn!r}"
+            )
+        (group,) = self.param_groups
+        check_structure(group["history_size"], group["line_search_fn"])
+        hyper, _ = self._resolve(group, " of param_groups[0]")
+        call = self._capture(loss_fn, args)
+        layout = self._layout_of(call.boxes)
+        run = _step_in_place if self.donate else _step_copying
+        state, params, loss, changed = run(
+            loss_fn,
+            call.cut,
+            layout,
+            group["line_search_fn"],
+            self._present(layout, group["history_size"]),
+            call.differentiated,
+            call.traced,
+            Scalars(*[getattr(hyper, name) for name in Scalars._fields]),
+        )
+        self._keep(state)
+        call.write_back(changed)
+        for box, param in zip(call.boxes, params, strict=True):
+            box.write(param)
+        return loss
+
+    def _layout_of(self, moving: Sequence[Parameter]) -> Layout:
+        boxes = self._parameters()
+        position = {box: index for index, box in enumerate(boxes)}
+        return Layout(
+            tuple(box.shape for box in boxes),
+            tuple(box.dtype for box in boxes),
+            tuple(position[box] for box in moving),
+        )
+
+    def _present(self, layout: Layout, history_size: int) -> State:
+        """The state that a step may donate: that of the last one, or a new one where somebody has seen or set it."""
+        entry = self.state.get(self._parameters()[0])
+        if entry is not None and isinstance(entry.place, Kept) and len(entry.place.state.ro) == history_size:
+            return entry.place.state
+        return from_entries(entry or {}, layout, history_size)
+
+    def _keep(self, state: State) -> None:
+        entry = self.state[self._parameters()[0]]
+        entry.place = None  # its arrays were donated
+        for name in ENTRIES:
+            entry.pop(name, None)
+        entry.place = Kept(state)
+
+    def _checked(self, box: Parameter, entries: dict[str, Any]) -> dict[str, Any]:
+        where = f"loaded state of parameter {str(box)!r}"
+        if box is not self._parameters()[0]:
+            raise ValueError(f"{where}: LBFGS keeps the state of all parameters with the first one")
+        entries.pop("al", None)  # PyTorch's scratch
+        unknown = [name for name in entries if name not in ENTRIES]
+        if unknown:
+            raise ValueError(f"{where} has {unknown[0]!r}, which {type(self).__name__} does not keep")
+        wanted = ENTRIES if entries.keys() - COUNTS else COUNTS  # before the first iteration there are only counts
+        absent = [name for name in wanted if name not in entries]
+        if absent:
+            raise ValueError(f"{where} lacks {absent}")
+        vector = (self._layout_of(()).size,)
+        lengths = set()
+        for name in wanted:
+            values = entries[name] if name in HISTORY else [entries[name]]
+            if not isinstance(values, (list, tuple)):
+                raise ValueError(f"{where}: {name!r} must be a list of arrays, got {type(values).__name__}")
+            lengths |= {len(values)} if name in HISTORY else set()
+            expected = vector if name in VECTORS else ()
+            for value in values:
+                if np.shape(value) != expected:
+                    raise ValueError(f"{where}: {name!r} has shape {np.shape(value)}, expected {expected}")
+        if len(lengths) > 1:
+            raise ValueError(f"{where}: {', '.join(HISTORY)} must be of one length, got {sorted(lengths)}")
+        return entries | {name: int(entries[name]) for name in COUNTS}
+
+
+lbfgs = factory(LBFGS)
+lbfgs.__doc__ = """A pure :class:`optimjax.functional.Algorithm` with the arithmetic and the keywords of :class:`LBFGS`.
+
+``update(params, grads, state, *, loss_fn)`` is one call of PyTorch's ``step``: up to ``max_iter`` iterations, which
+evaluate ``loss_fn(params)``, a real scalar. ``grads`` are the gradients at ``params`` where they are known (``None`` in
+place of one counts as zero), else ``None``.
+
+Each number may also be an array, a tracer or a schedule ``count -> value`` of the calls done. The state holds one
+vector for all parameters. Compile it, or the loops are compiled at each call:
+``jax.jit(lambda params, state: algorithm.update(params, None, state, loss_fn=loss_fn))``.
+"""

@@ -1,0 +1,88 @@
+"""All parameters as one vector, for algorithms that need them together."""
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+__all__ = ["Layout", "dot", "largest"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How parameters lie in one real vector: side by side, a complex one as pairs (real, imaginary), as in PyTorch.
+
+    Attributes:
+      shapes, dtypes: of each parameter.
+      moving: which of them are optimized, in the order in which their arrays are handed around. The elements of the
+        others are in the vector, too, and zero.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[Any, ...]
+    moving: tuple[int, ...]
+
+    @functools.cached_property
+    def dtype(self) -> Any:
+        """Of the vector: the widest of the parameters, at least float32."""
+        return jnp.result_type(jnp.float32, *map(_real, self.dtypes))
+
+    @functools.cached_property
+    def offsets(self) -> list[int]:
+        """Where each parameter begins, and after them the end."""
+        sizes = [
+            math.prod(shape) * (2 if jnp.issubdtype(dtype, jnp.complexfloating) else 1)
+            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
+        ]
+        return [0, *itertools.accumulate(sizes)]
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the vector."""
+        return self.offsets[-1]
+
+    def flatten(self, arrays: Sequence[Array]) -> Array:
+        """The vector ``[size]`` of arrays like those parameters that move."""
+        parts = [jnp.zeros(end - start, self.dtype) for start, end in itertools.pairwise(self.offsets)]
+        for index, array in zip(self.moving, arrays, strict=True):
+            if jnp.iscomplexobj(array):
+                array = jnp.stack([array.real, array.imag], axis=-1)
+            parts[index] = jnp.ravel(array).astype(self.dtype)
+        return jnp.concatenate(parts)
+
+    def unflatten(self, vector: Array) -> list[Array]:
+        """The arrays that a vector is made of, in the parameters' dtypes."""
+        arrays = []
+        for index in self.moving:
+            array = vector[self.offsets[index] : self.offsets[index + 1]]
+            if jnp.issubdtype(self.dtypes[index], jnp.complexfloating):
+                array = jax.lax.complex(array[::2], array[1::2])
+            arrays.append(array.reshape(self.shapes[index]).astype(self.dtypes[index]))
+        return arrays
+
+    def rounded(self, vector: Array) -> Array:
+        """The vector with each element as exact as its parameter is."""
+        if all(_real(dtype) == self.dtype for dtype in self.dtypes):
+            return vector
+        return self.flatten(self.unflatten(vector))
+
+
+def dot(a: Array, b: Array) -> Array:
+    """Inner product in full precision, which accelerators do not use unless told to."""
+    return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def largest(x: Array) -> Array:
+    """Largest absolute element, 0 where there is none."""
+    return jnp.max(jnp.abs(x), initial=0)
+
+
+def _real(dtype: Any) -> Any:
+    """The dtype of the real part."""
+    return jnp.finfo(dtype).dtype
