@@ -37,7 +37,8 @@ format: .venv/test ## format, and mend what the linter can mend
 docs: .venv/docs ## build the documentation, docs/_build/index.html
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
 
-bench: .venv/test ## time a step beside optax and PyTorch
+bench: .venv/test ## time a step beside optax and PyTorch, and measure where these differ
+	$(BIN)/python benchmarks/differences.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/loss_step.py
 
