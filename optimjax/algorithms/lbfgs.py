@@ -12,14 +12,13 @@ One call of ``step`` is up to ``max_iter`` iterations. With all parameters side 
         q \leftarrow q - \alpha_i y_i \\
     r &\leftarrow \eta q; \quad \text{oldest to newest: } \beta \leftarrow \rho_i y_i^\top r,\
         r \leftarrow r + (\alpha_i - \beta) s_i; \qquad d_k \leftarrow r \\
-    t_k &\leftarrow \gamma \ \text{, at the very first iteration } \gamma \min(1, 1 / \lVert g \rVert_1)
-        \text{; with a line search, what it finds from there} \\
+    t_k &\leftarrow \gamma \ \text{, at the very first iteration } \gamma \min(1, 1 / \lVert g \rVert_1) \\
     \theta_{k+1} &\leftarrow \theta_k + t_k d_k
 
-with learning rate :math:`\gamma`. A call ends when the directional derivative is above ``-tolerance_change`` (before
-the parameters move), after ``max_iter`` iterations or ``max_eval`` evaluations, when no element of the gradient is
-larger than ``tolerance_grad``, or when neither the step nor the loss has changed by more than ``tolerance_change``. The
-line search is described in :mod:`optimjax.line_search`.
+with learning rate :math:`\gamma`. With a line search, described in :mod:`optimjax.line_search`, :math:`t_k` is what it
+finds from there. A call ends when the directional derivative is above ``-tolerance_change`` (before the parameters
+move), after ``max_iter`` iterations or ``max_eval`` evaluations, when no element of the gradient is larger than
+``tolerance_grad``, or when neither the step nor the loss has changed by more than ``tolerance_change``.
 
 The two loops, the search and all iterations are one compiled program. The history takes
 ``2 * history_size`` vectors from the start, for a program has arrays of one shape.
