@@ -6,8 +6,8 @@ r"""Adafactor: a matrix's second moments are kept as one number for each row and
     w_t &\leftarrow t^\tau \\
     R_t &\leftarrow (1 - w_t) R_{t-1} + w_t\, \mathrm{mean}_{-1}(g_t^2), \qquad
     C_t \leftarrow (1 - w_t) C_{t-1} + w_t\, \mathrm{mean}_{-2}(g_t^2) \\
-    V_t &\leftarrow \frac{R_t\, C_t}{\max(\mathrm{mean}_{-2}(R_t), \epsilon_1)} \ \text{(two axes or more)}, \qquad
-    V_t \leftarrow (1 - w_t) V_{t-1} + w_t\, g_t^2 \ \text{(otherwise)} \\
+    V_t &\leftarrow \frac{R_t\, C_t}{\max(\mathrm{mean}_{-2}(R_t), \epsilon_1)} \ \text{(two axes or more)} \\
+    V_t &\leftarrow (1 - w_t) V_{t-1} + w_t\, g_t^2 \ \text{(otherwise)} \\
     u_t &\leftarrow \frac{g_t}{\max(\sqrt{V_t}, \epsilon_1)} \\
     \theta_t &\leftarrow (1 - \gamma \lambda)\, \theta_{t-1} - \frac{\alpha_t}{\max(1, \mathrm{RMS}(u_t) / d)}\, u_t
 
@@ -128,7 +128,7 @@ def scalars(step: Any, hyper: Any) -> Scalars:
 
 def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any) -> tuple[Array, Slots]:
     """One step."""
-    eps1 = jnp.where(jnp.isnan(scalars.eps1), jnp.finfo(param.dtype).eps, scalars.eps1)
+    eps1 = jnp.where(jnp.isnan(scalars.eps1), jnp.finfo(flags.param_dtype).eps, scalars.eps1)
     alpha = jnp.maximum(scalars.eps2, _rms(param)) * jnp.minimum(scalars.lr, scalars.inverse_sqrt_step)
     if flags.weight_decay:
         param = scalars.shrink * param

@@ -77,7 +77,7 @@ def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any
     if flags.weight_decay:
         grad = grad + scalars.weight_decay * param
     param = param - slots.eta * (grad + scalars.lambd * param)
-    # Before averaging, the mean is the parameter to the last bit, even if it was infinite once.
+    # Before averaging, the mean is the parameter to the last bit, whatever it was before.
     ax = jnp.where(slots.mu == 1, param, slots.ax + slots.mu * (param - slots.ax))
     return param, Slots(eta=scalars.eta, mu=1 / jnp.maximum(1, scalars.past_t0), ax=ax)
 
