@@ -10,7 +10,9 @@ with learning rate :math:`\gamma`, its decay :math:`\eta` and weight decay :math
 Source: Duchi, Hazan, Singer, "Adaptive subgradient methods for online learning and stochastic optimization",
 JMLR 12, 2011.
 
-Differs from PyTorch: nothing.
+Differs from PyTorch:
+
+1. Sparse gradients raise; PyTorch takes them where there is no weight decay.
 
 Differs from optax:
 

@@ -11,7 +11,9 @@ with learning rate :math:`\gamma`, momentum :math:`\mu`, dampening :math:`\tau` 
 Source: Sutskever, Martens, Dahl, Hinton, "On the importance of initialization and momentum in deep learning", ICML
 2013; the form is PyTorch's, in which the learning rate multiplies the whole buffer.
 
-Differs from PyTorch: nothing.
+Differs from PyTorch:
+
+1. Sparse gradients raise; PyTorch takes them.
 
 Differs from optax:
 

@@ -99,7 +99,8 @@ class SparseAdam(Optimizer):
 
     Arrays are updated in place where their memory may be taken: in the functional core where ``jit`` donates
     parameters and state; in the class the state always, the parameters with ``optimizer.donate = True``. Where
-    parameters are not donated, each step copies the table.
+    parameters are not donated, each step copies the table. On CPU, XLA converts a bfloat16 table as a whole for writing
+    into it; float16 and float32 are written in place.
 
     Args:
       params: what to optimize, real; see :class:`optimjax.Optimizer`.
@@ -150,7 +151,7 @@ class SparseAdam(Optimizer):
         eps: PositiveEpsilon = 1e-8,
         maximize: Flag = False,
     ):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, maximize=maximize))
+        super().__init__(params, dict(lr=lr, eps=eps, betas=betas, maximize=maximize))
 
 
 sparse_adam = factory(SparseAdam)
