@@ -25,12 +25,14 @@ from __future__ import annotations  # signatures then show `PositiveRate`, not w
 
 from typing import Annotated, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from optimjax.lift import factory
 from optimjax.optimizer import Optimizer
 from optimjax.rule import Betas, Epsilon, Flag, LearningRate, Numeric, Rule, bias_correction, sqrt
+from optimjax.sparse import is_sparse
 
 __all__ = ["SparseAdam", "sparse_adam"]
 
@@ -110,7 +112,7 @@ class SparseAdam(Optimizer):
       maximize: ascend instead of descend.
 
     Raises:
-      ValueError: a hyperparameter is out of range, a parameter is complex.
+      ValueError: a hyperparameter is out of range, a parameter is complex or sparse.
       RuntimeError: at the step, a gradient is dense.
 
     >>> import jax, jax.numpy as jnp, optimjax as optim
@@ -152,6 +154,14 @@ class SparseAdam(Optimizer):
         maximize: Flag = False,
     ):
         super().__init__(params, dict(lr=lr, eps=eps, betas=betas, maximize=maximize))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, none of which may be sparse; see :meth:`optimjax.Optimizer.add_param_group`."""
+        leaves = jax.tree.leaves(param_group, is_leaf=is_sparse)
+        sparse = [index for index, leaf in enumerate(leaves) if is_sparse(leaf)]
+        if sparse:
+            raise ValueError(f"Sparse params at indices {sparse}: SparseAdam requires dense parameter tensors")
+        super().add_param_group(param_group)
 
 
 sparse_adam = factory(SparseAdam)
