@@ -211,7 +211,7 @@ def _check(hyperparameters: Hyperparameters, key: str, value: Any) -> None:
     """Check every value of a hyperparameter that may be a tree of values."""
     kind = hyperparameters.kinds.get(key)
     if isinstance(kind, Numeric):
-        for leaf in jax.tree.leaves(value, is_leaf=lambda x: x is None or kind.is_value(x)):
+        for leaf in jax.tree.leaves(value, is_leaf=lambda x: kind.is_value(x) or (x is None and value is None)):
             kind.check(key, leaf)
     elif kind is not None:
         kind.check(key, value)

@@ -15,6 +15,8 @@ import jax
 from jax import Array
 
 from optimjax import state_dict as _state_dict
+from optimjax.crossing import algorithm_of, functional_state, load_functional_state
+from optimjax.grouping import ParameterGroups
 from optimjax.hooks import Hooks, RemovableHandle, global_hooks
 from optimjax.lift import Algorithm, active_fields, check_layout, check_param, lift
 from optimjax.loss import Capture, update_from_loss, update_from_loss_in_place, value_and_grad
@@ -96,11 +98,11 @@ class Optimizer:
         self.param_groups: list[dict[str, Any]] = []
         self._hooks = Hooks()
         self._sources: list[Source] = []
-        # For lr_scheduler: whether one is attached and step() has been called since; the groups of the last loaded
-        # state, and what building schedulers has put in place of their values.
+        # For lr_scheduler: whether one is attached and step() has been called since; whether a state was loaded; and
+        # for each group, by name, what was there before schedulers were built, and after.
         self._scheduled = self._step_called = False
-        self._loaded: list[dict[str, Any]] | None = None
-        self._built: list[dict[str, Any]] = []
+        self._loaded = False
+        self._built: list[dict[str, tuple[Any, Any]]] = []
         self._in_step = False
         self._plan: Plan | None = None
         self._patterns: list[tuple[Any, list[list[int]]]] = []
@@ -115,7 +117,10 @@ class Optimizer:
         if isinstance(params, Iterator):  # of boxes, or of groups
             params = list(params)
         groups = params if _is_list_of_groups(params) else None
-        self._grouped = groups is not None
+        whole = isinstance(params, ParameterGroups)
+        self._grouped = groups is not None and not whole
+        if whole:
+            self._sources.append(params.source)
         if not (isinstance(params, (list, tuple)) and not params):
             for group in groups or [{"params": params}]:
                 self.add_param_group(group)
@@ -179,9 +184,11 @@ class Optimizer:
                     f"cannot add param group {with_or_without} to the optimizer"
                 )
 
-        if self._sources and not (source.bound and isinstance(self._sources[0], ModuleSource)):
-            self._grouped = True
-        self._sources.append(source)
+        shown = {box for other in self._sources for box in other.parameters}
+        if not shown.issuperset(group["params"]):  # parameters of a whole, unfrozen, are already in view
+            if self._sources and not (source.bound and isinstance(self._sources[0], ModuleSource)):
+                self._grouped = True
+            self._sources.append(source)
         self.param_groups.append(group)
         if self.rule is not None and self.rule.eager:
             hyper, flags = self._resolve(group, where)
@@ -206,6 +213,9 @@ class Optimizer:
         list with one entry a group.
         """
         return self._view(lambda source: source.view())
+
+    def _arranged(self, values: Mapping[Parameter, Any]) -> Any:
+        return self._view(lambda source: source.arranged(values))
 
     def _view(self, look: Callable[[Source], Any]) -> Any:
         views = [look(source) for source in self._sources]
@@ -276,6 +286,7 @@ class Optimizer:
         Raises:
           ValueError, TypeError: gradients of another structure, shape or kind; the message names the path. Nothing has
             changed then.
+          RuntimeError: a gradient is sparse and the algorithm takes dense ones, or the other way round. As above.
         """
         given, kwargs = (self, grads_or_loss, *args) if args or grads_or_loss is not None else (self,), {}
         hooked = not self._in_step  # the step of a subclass, which called this one, has run the hooks
@@ -464,7 +475,7 @@ class Optimizer:
             raise ValueError(f"a state dict is a dict, got {type(state_dict).__name__}: {state_dict!r}")
         state_dict = self._hooks.replace("load_state_dict_pre", self, dict(state_dict))
         _state_dict.load(self, state_dict)
-        self._loaded, self._built = [dict(group) for group in self.param_groups], []
+        self._loaded, self._built = True, []
         self._hooks.notify("load_state_dict_post", self)
 
     def _slot_shapes(self, group: Mapping[str, Any], where: str) -> Callable[[Parameter], dict[str, Any]] | None:
@@ -483,6 +494,49 @@ class Optimizer:
     def _checked(self, box: Parameter, entries: dict[str, Any]) -> dict[str, Any]:
         """The loaded state of a parameter, where there is no rule that says what it must be; or ``ValueError``."""
         return entries
+
+    # --- the functional form ---
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """The same algorithm as pure functions, with the hyperparameters that the groups have now.
+
+        Raises:
+          ValueError: groups differ in what the functional form has once for all (``amsgrad``, ``maximize``, ...).
+        """
+        return algorithm_of(self)
+
+    def functional_state(self) -> tuple[Any, Any]:
+        """Parameters and state for :attr:`algorithm`: to leave the facade, for a loop inside ``jit``.
+
+        The parameters have the structure of ``params``, with ``None`` in place of leaves that are not optimized; those
+        of a module are an ``nnx.State`` of its ``nnx.Param`` variables, like the gradients of ``nnx.grad``.
+
+        Raises:
+          ValueError: parameters have done different numbers of updates, for the functional state has one count.
+
+        >>> import jax, jax.numpy as jnp, optimjax as optim
+        >>> optimizer = optim.Adam({"w": jnp.ones(2)}, lr=0.1)
+        >>> optimizer.step(lambda params: jnp.sum(params["w"] ** 2))
+        Array(2., dtype=float32)
+        >>> adam = optimizer.algorithm
+        >>> def one(carry, _):
+        ...     params, state = carry
+        ...     return adam.update(params, jax.tree.map(lambda w: 2 * w, params), state), None
+        >>> (params, state), _ = jax.lax.scan(one, optimizer.functional_state(), length=10)
+        >>> optimizer.load_functional_state(params, state)
+        >>> optimizer.state_dict()["state"][0]["step"]
+        11
+        """
+        return functional_state(self)
+
+    def load_functional_state(self, params: Any, state: Any) -> None:
+        """Take over what :attr:`algorithm` has made of :meth:`functional_state`: to come back to the facade.
+
+        Raises:
+          ValueError: their structure, shapes or dtypes are others. Nothing has changed then.
+        """
+        load_functional_state(self, params, state)
 
     # --- hooks ---
 

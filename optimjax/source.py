@@ -5,7 +5,7 @@ Three kinds of things can be handed in, each a *source*: a pytree (:class:`TreeS
 (``optimizer.params``) and brings gradients of that view into the order of the boxes.
 """
 
-from collections.abc import ItemsView, Iterable, Iterator, KeysView, Sequence, ValuesView
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from typing import Any
 
 import jax
@@ -65,6 +65,10 @@ class Source:
         """The view with boxes in place of the arrays to be differentiated."""
         raise NotImplementedError
 
+    def arranged(self, values: Mapping[Parameter, Any]) -> Any:
+        """The view with these values for the parameters and ``None`` for all else; of a module its ``nnx.State``."""
+        raise NotImplementedError
+
     def gradients(self, grads: Any) -> list[Any]:
         """Gradients of the view, in the order of ``parameters``; ``None`` where missing.
 
@@ -91,6 +95,10 @@ class TreeSource(Source):
         """The tree with boxes as leaves."""
         return self._treedef.unflatten(self._leaves)
 
+    def arranged(self, values: Mapping[Parameter, Any]) -> Any:
+        """The tree with these values."""
+        return self._treedef.unflatten([values.get(x) if isinstance(x, Parameter) else None for x in self._leaves])
+
     def gradients(self, grads: Any) -> list[Any]:
         """See :meth:`Source.gradients`; what stands in the place of other leaves is not looked at."""
         leaves = match(self._treedef, grads, lambda: self.names or ())
@@ -115,6 +123,12 @@ class ModuleSource(Source):
     def boxed(self) -> Any:
         """The module; its variables are found in it."""
         return self.module
+
+    def arranged(self, values: Mapping[Parameter, Any]) -> Any:
+        """An ``nnx.State`` of the module's ``nnx.Param`` variables, as ``nnx.grad`` returns, with these values."""
+        present = {id(box.variable): value for box, value in values.items() if isinstance(box, VariableParameter)}
+        flat = nnx().to_flat_state(nnx().state(self.module, nnx().Param))
+        return nnx().from_flat_state([(path, var.replace(present.get(id(var)))) for path, var in flat])
 
     def gradients(self, grads: Any) -> list[Any]:
         """See :meth:`Source.gradients`; takes what ``nnx.grad`` returns."""
@@ -166,12 +180,16 @@ class BoxSource(Source):
 
     def view(self) -> Any:
         """The list of values, or a dict by name."""
-        values = [box.value for box in self.parameters]
-        return dict(zip(self.names, values, strict=True)) if self.names else values
+        return self.arranged({box: box.value for box in self.parameters})
 
     def boxed(self) -> Any:
         """The list of boxes, or a dict by name."""
-        return dict(zip(self.names, self.parameters, strict=True)) if self.names else list(self.parameters)
+        return self.arranged({box: box for box in self.parameters})
+
+    def arranged(self, values: Mapping[Parameter, Any]) -> Any:
+        """The list of these values, or a dict by name."""
+        present = [values.get(box) for box in self.parameters]
+        return dict(zip(self.names, present, strict=True)) if self.names else present
 
     def gradients(self, grads: Any) -> list[Any]:
         """See :meth:`Source.gradients`."""

@@ -1,0 +1,95 @@
+"""From the facade to the functional core and back: the same algorithm, parameters and state, in the other form."""
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optimjax.lift import Algorithm, active_fields
+from optimjax.parameter import Parameter
+from optimjax.step import ParameterState
+from optimjax.tree import dotted
+
+if TYPE_CHECKING:
+    from optimjax.optimizer import Optimizer
+
+__all__ = ["algorithm_of", "functional_state", "load_functional_state"]
+
+
+def algorithm_of(optimizer: "Optimizer") -> Algorithm:
+    """The functional algorithm with the hyperparameters of the groups: where these differ, trees of values.
+
+    Raises:
+      ValueError: the groups differ in what must be the same for all parameters.
+    """
+    groups = optimizer.param_groups
+    values = {}
+    for name in optimizer.hyperparameters.kinds:
+        given = [group[name] for group in groups]
+        if all(value is given[0] or value == given[0] for value in given[1:]):
+            values[name] = given[0]
+        elif name in optimizer.hyperparameters.numeric:
+            values[name] = optimizer._arranged({box: group[name] for group in groups for box in group["params"]})
+        else:
+            raise ValueError(f"the functional form has one {name!r} for all parameters, the groups have {given}")
+    return optimizer._algorithm(values)
+
+
+def functional_state(optimizer: "Optimizer") -> tuple[Any, Any]:
+    """See :meth:`optimjax.Optimizer.functional_state`."""
+    rule, boxes = optimizer._rule(), optimizer._parameters()
+    entries = {box: dict(optimizer.state.get(box, {})) for box in boxes}
+    # Where PyTorch keeps no count, the slots say whether there was an update.
+    counts = {entry.get("step", 0) if rule.counts_steps else int(bool(entry)) for entry in entries.values()}
+    if len(counts) > 1:
+        raise ValueError(
+            f"parameters have done different numbers of updates ({', '.join(map(str, sorted(counts)))}): "
+            "the functional state has one count for all"
+        )
+    params = optimizer._arranged({box: box.value for box in boxes})
+    state = algorithm_of(optimizer).init(params)
+
+    def filled(field: str, initial: Any) -> Any:
+        pairs = optimizer._pair(initial)
+        return optimizer._arranged({box: entries[box].get(field, slot) for box, slot in pairs if box in entries})
+
+    slots = {field: filled(field, getattr(state, field)) for field in state._fields if field != "step"}
+    return params, state._replace(step=jnp.asarray(counts.pop(), jnp.int32), **slots)
+
+
+def load_functional_state(optimizer: "Optimizer", params: Any, state: Any) -> None:
+    """See :meth:`optimjax.Optimizer.load_functional_state`."""
+    rule = optimizer._rule()
+    present = optimizer._arranged({box: box.value for box in optimizer._parameters()})
+    _check_like((params, state), (present, jax.eval_shape(algorithm_of(optimizer).init, present)))
+    values = dict(optimizer._pair(params))
+    columns = {field: dict(optimizer._pair(getattr(state, field))) for field in state._fields if field != "step"}
+    step = int(state.step)
+    updated: dict[Parameter, dict[str, Any]] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        _, flags = optimizer._resolve(group, f" of param_groups[{index}]")
+        for box in group["params"]:
+            fields = active_fields(rule, optimizer.hyperparameters, flags, box.shape)
+            count = {"step": step} if rule.counts_steps else {}
+            updated[box] = count | {field: jnp.asarray(columns[field][box]) for field in fields}
+    # Nothing can fail from here on.
+    for box, entries in updated.items():
+        box.write(jnp.asarray(values[box]))
+        optimizer.state.pop(box, None)
+        if entries and (step or rule.eager):
+            optimizer.state[box] = ParameterState(entries)
+
+
+def _check_like(given: Any, expected: Any) -> None:
+    """Raise where parameters and state have not the structure, shapes and dtypes of the optimizer's own."""
+    ours, treedef = jax.tree_util.tree_flatten_with_path(dict(zip(("params", "state"), expected, strict=True)))
+    leaves, structure = jax.tree.flatten(dict(zip(("params", "state"), given, strict=True)))
+    if structure != treedef:
+        raise ValueError(f"parameters and state must have the structure {treedef}, got {structure}")
+    for (path, own), leaf in zip(ours, leaves, strict=True):
+        kind = (np.shape(leaf), jnp.result_type(leaf))
+        if kind != (own.shape, own.dtype):
+            raise ValueError(
+                f"{dotted(path)!r} has shape and dtype {kind}, the optimizer's has {(own.shape, own.dtype)}"
+            )

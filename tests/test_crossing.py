@@ -1,0 +1,157 @@
+"""Leaving the facade for the functional core, and coming back."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES, Case
+from flax import nnx
+
+import optimjax as optim
+
+SHAPES = {"base": {"kernel": (3, 2), "gain": (2, 2)}, "head": {"kernel": (2, 4)}}
+
+
+def tree(seed: int = 0) -> Any:
+    rng = np.random.default_rng(seed)
+    make = lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    return jax.tree.map(make, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def state_of(optimizer: Any) -> Any:
+    return jax.tree.map(np.asarray, optimizer.state_dict()["state"])
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.optimizer.rule is not None], ids=str)
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_loop_outside_the_facade_continues_the_run(case: Case, full: bool, steps: int) -> None:
+    """Some steps inside, three outside under jit, some inside: as if all had been inside."""
+    options = case.variants()[full]
+
+    def step(optimizer: Any, index: int) -> None:
+        optimizer.step(tree(10 + index))
+
+    stayed, crossed = (case.optimizer(tree(), **options) for _ in range(2))
+    for index in range(steps + 5):
+        step(stayed, index)
+    for index in range(steps):
+        step(crossed, index)
+    update = jax.jit(crossed.algorithm.update)
+    params, state = crossed.functional_state()
+    for index in range(steps, steps + 3):
+        params, state = update(params, tree(10 + index), state)
+    crossed.load_functional_state(params, state)
+    held = jax.tree.map(np.array, (params, state))
+    for index in range(steps + 3, steps + 5):
+        step(crossed, index)
+    jax.tree.map(np.testing.assert_array_equal, held, (params, state))  # what the user holds stays
+    # Scalars are taken in float32 outside, in double precision inside.
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6)  # noqa: E731
+    jax.tree.map(close, stayed.params, crossed.params)
+    jax.tree.map(close, state_of(stayed), state_of(crossed))
+
+
+def test_groups_become_trees_of_hyperparameters(x64: None) -> None:
+    def make() -> Any:
+        params = jax.tree.map(lambda x: x.astype(float), tree())
+        rules = [{"params": "*.gain", "lr": 0.2, "betas": (0.5, 0.6)}, {"params": "head.*", "requires_grad": False}]
+        return optim.Adam(optim.group_parameters(params, rules), lr=0.1)
+
+    stayed, crossed = make(), make()
+    grads = tree(5)
+    params, state = crossed.functional_state()
+    assert params["head"]["kernel"] is None
+    algorithm = crossed.algorithm
+    for _ in range(4):
+        stayed.step(grads)
+        params, state = algorithm.update(params, {**grads, "head": {"kernel": None}}, state)
+    crossed.load_functional_state(params, state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), stayed.params, crossed.params)
+    assert crossed.params["head"]["kernel"] is not None
+
+
+def test_a_module_leaves_as_its_state() -> None:
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    optimizer = optim.SGD(model, lr=0.1, momentum=0.9)
+    graphdef, _ = nnx.split(model)
+    algorithm = optimizer.algorithm
+
+    def loss(params: Any) -> Any:
+        return jnp.sum(nnx.merge(graphdef, params)(jnp.ones((1, 2))) ** 2)
+
+    def one(carry: Any, _: Any) -> Any:
+        params, state = carry
+        value, grads = jax.value_and_grad(loss)(params)
+        return algorithm.update(params, grads, state), value
+
+    (params, state), losses = jax.lax.scan(one, optimizer.functional_state(), length=20)
+    optimizer.load_functional_state(params, state)
+    assert losses[-1] < losses[0]
+    np.testing.assert_array_equal(model.kernel.get_value(), params["kernel"].get_value())
+    later = optimizer.step(lambda model: jnp.sum(model(jnp.ones((1, 2))) ** 2))
+    assert later < losses[0]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_boxes_leave_as_a_list_or_a_dict(named: bool) -> None:
+    boxes = [optim.Parameter(jnp.ones(2)), optim.Parameter(jnp.zeros(3))]
+    optimizer = optim.AdamW([("a", boxes[0]), ("b", boxes[1])] if named else boxes, lr=0.1)
+    params, state = optimizer.functional_state()
+    assert isinstance(params, dict if named else list)
+    params, state = optimizer.algorithm.update(params, jax.tree.map(jnp.ones_like, params), state)
+    optimizer.load_functional_state(params, state)
+    np.testing.assert_array_equal(boxes[0].value, jax.tree.leaves(params)[0])
+    assert optimizer.state[boxes[1]]["step"] == 1
+
+
+def test_a_list_of_groups_leaves_as_a_list() -> None:
+    groups = [{"params": {"w": jnp.ones(2)}}, {"params": [jnp.ones(3)], "lr": 0.5, "momentum": 0.9}]
+    optimizer = optim.SGD(groups, lr=0.1)
+    params, state = optimizer.functional_state()
+    params, state = optimizer.algorithm.update(params, jax.tree.map(jnp.ones_like, params), state)
+    optimizer.load_functional_state(params, state)
+    np.testing.assert_allclose(optimizer.params[0]["w"], 0.9)
+    np.testing.assert_allclose(optimizer.params[1][0], 0.5)
+    # The buffer of the group without momentum is none of PyTorch's state.
+    assert [len(optimizer.state.get(group["params"][0], {})) for group in optimizer.param_groups] == [0, 1]
+
+
+def test_the_schedule_of_a_group_goes_along() -> None:
+    optimizer = optim.SGD([jnp.ones(1)], lr=1.0)
+    optimizer.param_groups[0]["lr"] = 0.25
+    params, _ = optimizer.algorithm.update([jnp.ones(1)], [jnp.ones(1)], optimizer.functional_state()[1])
+    np.testing.assert_array_equal(params[0], [0.75])
+
+
+def test_what_has_no_functional_form_is_refused() -> None:
+    boxes = [optim.Parameter(jnp.ones(2)) for _ in range(2)]
+    uneven = optim.Adam(boxes)
+    boxes[0].grad = jnp.ones(2)
+    uneven.step()
+    with pytest.raises(ValueError, match=r"different numbers of updates \(0, 1\)"):
+        uneven.functional_state()
+    mixed = optim.Adam([{"params": [jnp.ones(2)]}, {"params": [jnp.ones(2)], "amsgrad": True}])
+    with pytest.raises(ValueError, match=r"one 'amsgrad' for all parameters, the groups have \[False, True\]"):
+        mixed.algorithm  # noqa: B018
+
+
+def test_loading_what_does_not_fit_changes_nothing() -> None:
+    optimizer = optim.Adam({"w": jnp.ones(2)}, lr=0.1)
+    optimizer.step({"w": jnp.ones(2)})
+    before = jax.tree.map(np.asarray, (optimizer.params, optimizer.state_dict()))
+    params, state = optimizer.functional_state()
+    wrong = [
+        ({"v": params["w"]}, state, "must have the structure"),
+        ({"w": jnp.ones(3)}, state, r"'params\.w' has shape and dtype \(\(3,\)"),
+        (params, state._replace(exp_avg={"w": jnp.ones(3)}), r"'state\.exp_avg\.w' has shape"),
+        (params, optim.functional.sgd().init(params), "must have the structure"),
+        ({"w": jnp.ones(2, "bfloat16")}, state, "bfloat16"),
+    ]
+    for wrong_params, wrong_state, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_functional_state(wrong_params, wrong_state)
+    after = jax.tree.map(np.asarray, (optimizer.params, optimizer.state_dict()))
+    jax.tree.map(np.testing.assert_array_equal, before, after)
