@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import jax
 from jax import Array
 
+from optimjax import notebook
 from optimjax import state_dict as _state_dict
 from optimjax.crossing import algorithm_of, functional_state, load_functional_state
 from optimjax.grouping import ParameterGroups
@@ -575,6 +576,9 @@ class Optimizer:
                 f"    {key}: {group[key]}\n" for key in sorted(group) if key not in ("params", "param_names")
             )
         return text + ")"
+
+    def _repr_html_(self) -> str:
+        return notebook.table(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # What was remembered of steps names devices, which do not pickle.

@@ -54,6 +54,12 @@ class ParameterState(MutableMapping[str, Any]):
             self.place = None
         return self._values
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the arrays, which do not count as seen by that."""
+        entries = self._values | (self.place.entries() if self.place is not None else {})
+        return sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(entries))
+
     def move(self, place: "Place") -> None:
         """From now on the slots are there."""
         if self.place is not None:

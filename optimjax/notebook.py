@@ -1,0 +1,58 @@
+"""The table of groups that a notebook shows for an optimizer."""
+
+import html
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+if TYPE_CHECKING:
+    from optimjax.optimizer import Optimizer
+
+__all__ = ["table"]
+
+NAMES = 3  # shown of a group's parameters
+
+
+def table(optimizer: "Optimizer") -> str:
+    """A row for each group: its parameters, their number of elements, the bytes of their state, its options.
+
+    Options that every group has as PyTorch's default are left out, but for the learning rate.
+    """
+    groups = optimizer.param_groups
+    keys = [key for key in groups[0] if key not in ("params", "param_names", "name")]
+    usual = _usual(type(optimizer))
+    shown = [key for key in keys if key == "lr" or any(_text(g.get(key)) != _text(usual.get(key)) for g in groups)]
+    header = ["group", "parameters", "elements", "state bytes", *shown]
+    rows = []
+    for index, group in enumerate(groups):
+        boxes = group["params"]
+        state = sum(optimizer.state[box].nbytes for box in boxes if box in optimizer.state)
+        cells = [
+            str(group.get("name", index)),
+            _names(group.get("param_names") or [str(box) for box in boxes]),
+            f"{sum(box.size for box in boxes):,}",
+            f"{state:,}",
+            *(_text(group.get(key)) for key in shown),
+        ]
+        rows.append(cells)
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    caption = f"<caption>{type(optimizer).__name__}</caption>"
+    return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _usual(cls: type) -> dict[str, Any]:
+    return {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
+
+
+def _names(names: list[str]) -> str:
+    rest = len(names) - NAMES
+    return ", ".join(names[:NAMES]) + (f", and {rest} more" if rest > 0 else "")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (jax.Array, np.ndarray)):
+        return str(np.asarray(value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
