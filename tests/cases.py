@@ -428,7 +428,7 @@ ADAFACTOR = Case(
     optimizer=optim.Adafactor,
     factory=F.adafactor,
     torch="Adafactor",
-    base={"lr": 0.05},
+    base={"lr": 0.3},  # the largest relative step up to the eleventh, 1 / sqrt(step) from then on
     full={"eps": (0.01, 0.5), "weight_decay": 0.1},
     grid={
         "beta2_decay": (-0.8, 0),
