@@ -1,0 +1,327 @@
+r"""Muon: momentum, orthogonalised, for the weight matrices of hidden layers.
+
+.. math::
+    \theta_{t-1} &\leftarrow (1 - \gamma \lambda)\, \theta_{t-1} \\
+    b_t &\leftarrow \mu\, b_{t-1} + (1 - \mu)\, g_t \\
+    u_t &\leftarrow \mu\, b_t + (1 - \mu)\, g_t \ \text{(Nesterov)}, \quad b_t \ \text{(otherwise)} \\
+    X_0 &\leftarrow u_t / \max(\lVert u_t \rVert_F, \epsilon) \\
+    X_{k+1} &\leftarrow a X_k + (b\, G + c\, G^2)\, X_k \quad \text{with } G = X_k X_k^\top, \ k = 0, 1, \dots, K - 1 \\
+    \theta_t &\leftarrow \theta_{t-1} - \gamma\, r\, X_K
+
+with learning rate :math:`\gamma`, weight decay :math:`\lambda`, momentum :math:`\mu`, Newton-Schulz coefficients
+:math:`(a, b, c)` and steps :math:`K`. For a matrix of :math:`A` rows and :math:`B` columns, :math:`r` is
+:math:`\sqrt{\max(1, A / B)}`, or :math:`0.2 \sqrt{\max(A, B)}` to match the root mean square of AdamW's updates. A
+matrix with more rows than columns is transposed meanwhile, so that :math:`G` is the smaller of the two products. The
+iteration brings every singular value near 1 (between 0.7 and 1.2, not to 1).
+
+Source: Jordan and others, "Muon: an optimizer for hidden layers in neural networks", 2024,
+https://kellerjordan.github.io/posts/muon; the second :math:`r`: Liu and others, "Muon is scalable for LLM training",
+2025 (arXiv:2502.16982).
+
+Differs from PyTorch:
+
+1. ``ns_dtype`` and ``matrix_axes`` are additions. Left at their defaults they change nothing.
+2. Complex parameters, ``ns_steps`` of 100 or more and a number of ``ns_coefficients`` other than three are refused when
+   the optimizer is made, not in its first step. A negative ``eps`` or ``ns_steps`` is refused, too.
+3. A matrix without columns is left alone; in PyTorch it divides by zero.
+4. In half precision the momentum is computed in float32, and not each rounding to bfloat16 within the
+   orthogonalisation is PyTorch's.
+
+Differs from optax:
+
+1. The rate is scaled by ``shape[0] / shape[1]``, the convention for weights of shape (out, in); ``optax.contrib.muon``
+   takes the inverse, for (in, out). ``matrix_axes`` chooses.
+2. Biases and other vectors are refused; optax gives them to AdamW.
+3. Weight decay defaults to 0.1, not 0; epsilon is a lower bound of the norm, and is not added to it; the momentum has
+   no bias correction.
+"""
+
+from __future__ import annotations  # signatures then show `LearningRate`, not what it stands for
+
+import functools
+import math
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from optimjax.lift import factory
+from optimjax.optimizer import Optimizer
+from optimjax.rule import Epsilon, Flag, Numeric, Rule, Structural, sqrt
+
+__all__ = ["Muon", "muon"]
+
+ELEMENTS = 2**20  # of the matrices that are orthogonalised together
+PRECISIONS = ("bfloat16", "float32", "float64")  # not float16, in which small gradients vanish
+
+
+@dataclass(frozen=True)
+class _Three(Numeric):
+    """Three numbers; PyTorch's error for another number of them."""
+
+    items: tuple[Numeric, ...] = (Numeric(),) * 3
+
+    def check(self, name: str, value: Any) -> None:
+        """See :class:`optimjax.rule.Numeric`."""
+        if not self.is_value(value):
+            raise ValueError(f"Coefficients must be a tuple of exactly 3 values, got {value!r}")
+        super().check(name, value)
+
+
+def _at_least_zero(label: str) -> Numeric:
+    return Numeric(minimum=0, message=f"{label} should be >= 0 but is: {{value}}")
+
+
+class Slots(NamedTuple):
+    """Kept for each parameter."""
+
+    momentum_buffer: Array  # b: running mean of the gradients, shape and dtype of the parameter
+
+
+class Scalars(NamedTuple):
+    """What the step and the hyperparameters alone decide."""
+
+    lr: Any
+    momentum: Any
+    one_minus_momentum: Any
+    a: Any
+    b: Any
+    c: Any
+    eps: Any
+    shrink: Any  # by which weight decay multiplies the parameter
+
+
+def check(hyper: Any, flags: Any) -> None:
+    """PyTorch's conditions, and that the additions have a meaning."""
+    if flags.adjust_lr_fn not in (None, "original", "match_rms_adamw"):
+        raise ValueError(f"Adjust learning rate function {flags.adjust_lr_fn} is not supported")
+    if operator.index(flags.ns_steps) >= 100:
+        raise ValueError(f"Number of steps must be less than 100 for computational efficiency, got {flags.ns_steps}")
+    if flags.ns_steps < 0:
+        raise ValueError(f"Number of steps must be at least 0, got {flags.ns_steps}")
+    if flags.ns_dtype not in (None, *PRECISIONS):
+        raise ValueError(f"ns_dtype must be None or one of {', '.join(map(repr, PRECISIONS))}, got {flags.ns_dtype!r}")
+    axes = flags.matrix_axes
+    is_pair = isinstance(axes, tuple) and len(axes) == 2 and all(isinstance(part, tuple) for part in axes)
+    if axes is not None and not (is_pair and all(isinstance(axis, int) for part in axes for axis in part)):
+        raise ValueError(f"matrix_axes must be None or a pair of tuples of axes, (rows, columns), got {axes!r}")
+
+
+def check_param(param: Array, flags: Any) -> None:
+    """Real matrices, or whatever ``matrix_axes`` makes matrices of."""
+    if jnp.iscomplexobj(param):
+        raise RuntimeError("Muon does not support complex parameters")
+    if flags.matrix_axes is None and param.ndim != 2:
+        raise ValueError(
+            f"Muon only supports 2D parameters whereas we found a parameter with size: {param.shape}; "
+            "matrix_axes tells which axes are rows and which are columns"
+        )
+    Layout(param.shape, flags.matrix_axes)
+
+
+class Layout:
+    """Where the matrices are in an array.
+
+    Attributes:
+      rows, columns: of each matrix.
+    """
+
+    def __init__(self, shape: tuple[int, ...], axes: tuple[tuple[int, ...], tuple[int, ...]] | None):
+        ndim = len(shape)
+        rows, columns = axes or ((0,), (1,))
+        named = [axis % ndim for axis in rows + columns if -ndim <= axis < ndim]
+        if len(set(named)) < len(rows + columns):
+            raise ValueError(f"matrix_axes must name different axes of the parameter, got {axes} for shape {shape}")
+        batch = [axis for axis in range(ndim) if axis not in named]
+        self._order = batch + named
+        self._moved = [shape[axis] for axis in self._order]
+        self.rows, self.columns = (math.prod(shape[axis] for axis in part) for part in (rows, columns))
+        self._matrices = [*self._moved[: len(batch)], self.rows, self.columns]
+
+    def matrices(self, array: Array) -> Array:
+        """The array as a batch of matrices: shape (..., rows, columns)."""
+        return array.transpose(self._order).reshape(self._matrices)
+
+    def array(self, matrices: Array) -> Array:
+        """The array that these are the matrices of."""
+        return matrices.reshape(self._moved).transpose([self._order.index(axis) for axis in range(len(self._order))])
+
+
+def orthogonalize(matrix: Array, scalars: Scalars, steps: int) -> Array:
+    """Newton-Schulz: a matrix with the same singular vectors and singular values near 1.
+
+    Args:
+      matrix: real, of shape (..., rows, columns): a batch of matrices. What is multiplied and stored has its dtype;
+        sums are in float32 at least, and rounded once, as in PyTorch.
+      scalars: coefficients and epsilon.
+      steps: iterations.
+
+    Returns:
+      The same shape and dtype.
+    """
+    dtype = matrix.dtype
+    wide = jnp.promote_types(dtype, jnp.float32)
+    product = functools.partial(jnp.matmul, preferred_element_type=wide)
+    a, b, c, eps = (jnp.asarray(scalar, wide) for scalar in (scalars.a, scalars.b, scalars.c, scalars.eps))
+    tall = matrix.shape[-2] > matrix.shape[-1]
+
+    def iterate(_: Any, x: Array) -> Array:
+        gram = product(x, x.mT).astype(dtype)
+        polynomial = (b * gram + c * product(gram, gram)).astype(dtype)
+        return (a * x + product(polynomial, x)).astype(dtype)
+
+    x = matrix.mT if tall else matrix
+    norm = sqrt(jnp.sum(jnp.square(x.astype(wide)), axis=(-2, -1), keepdims=True))
+    x = x / jnp.maximum(norm, eps).astype(dtype)
+    x = jax.lax.fori_loop(0, steps, iterate, x)  # three products to compile, however many steps
+    return x.mT if tall else x
+
+
+def init(param: Array, hyper: Any, flags: Any) -> Slots:
+    """Zeros."""
+    return Slots(momentum_buffer=jnp.zeros_like(param))
+
+
+def scalars(step: Any, hyper: Any) -> Scalars:
+    """The hyperparameters, and what is left of the parameter after weight decay."""
+    return Scalars(
+        hyper.lr,
+        hyper.momentum,
+        1 - hyper.momentum,
+        *hyper.ns_coefficients,
+        eps=hyper.eps,
+        shrink=1 - hyper.lr * hyper.weight_decay,
+    )
+
+
+def update(
+    params: list[Array], grads: list[Array], slots: list[Slots], scalars: list[Scalars], flags: Any
+) -> tuple[list[Array], list[Slots]]:
+    """One step of each parameter of one shape."""
+    if not params[0].size:
+        return params, slots
+    layout = Layout(params[0].shape, flags.matrix_axes)
+    dtype = flags.ns_dtype or params[0].dtype  # the one place that decides the precision of the orthogonalisation
+    new_slots, matrices = [], []
+    for grad, slot, scalar in zip(grads, slots, scalars, strict=True):
+        buffer = target = scalar.momentum * slot.momentum_buffer + scalar.one_minus_momentum * grad
+        if flags.nesterov:
+            target = scalar.momentum * buffer + scalar.one_minus_momentum * grad
+        new_slots.append(Slots(buffer))
+        matrices.append(layout.matrices(target).astype(dtype))
+    if flags.adjust_lr_fn == "match_rms_adamw":
+        ratio = 0.2 * math.sqrt(max(layout.rows, layout.columns))
+    else:
+        ratio = math.sqrt(max(1, layout.rows / layout.columns))
+    new_params = [
+        scalar.shrink * param - scalar.lr * ratio * layout.array(direction).astype(param.dtype)
+        for param, direction, scalar in zip(params, together(matrices, scalars, flags.ns_steps), scalars, strict=True)
+    ]
+    return new_params, new_slots
+
+
+def together(matrices: list[Array], scalars: list[Scalars], steps: int) -> Iterator[Array]:
+    """Each orthogonalised, by products of as many as fill the device; larger ones are no faster, and need memory."""
+    count = max(1, ELEMENTS // matrices[0].size)
+    for start in range(0, len(matrices), count):
+        part = slice(start, start + count)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(matrices[part], scalars[part], strict=True))
+        yield from jax.vmap(functools.partial(orthogonalize, steps=steps))(*stacked)
+
+
+class Muon(Optimizer):
+    r"""Muon, as ``torch.optim.Muon``: for the weight matrices of hidden layers.
+
+    Give it the matrices and another optimizer, such as :class:`optimjax.AdamW`, the rest: biases, norms, embeddings and
+    the last layer. Matrices of one shape are orthogonalised in one batched product.
+
+    Args:
+      params: what to optimize, of two axes unless ``matrix_axes`` says more; see :class:`optimjax.Optimizer`.
+      lr: learning rate, at least 0.
+      weight_decay: times ``lr`` and the parameter, subtracted from the parameter, at least 0.
+      momentum: share of the buffer that is kept, at least 0.
+      nesterov: Nesterov momentum.
+      ns_coefficients: three coefficients of the Newton-Schulz iteration.
+      eps: lower bound of the norm that a matrix is divided by, at least 0.
+      ns_steps: Newton-Schulz iterations, from 0 to 99. Compiled in, as are all below.
+      adjust_lr_fn: factor of the learning rate for a matrix of ``A`` rows and ``B`` columns: ``"original"`` or
+        ``None``, ``sqrt(max(1, A / B))``; ``"match_rms_adamw"``, ``0.2 * sqrt(max(A, B))``, with which learning rate
+        and weight decay of AdamW can be kept. ``A`` and ``B`` are ``shape[0]`` and ``shape[1]``, or what
+        ``matrix_axes`` says.
+      ns_dtype: precision of the orthogonalisation: ``"bfloat16"``, as in PyTorch; ``"float32"``; ``"float64"``; or
+        ``None``, the precision of the rest of the update, which is float32, or float64 for float64 parameters. Only
+        the direction is rounded to it, never momentum, weight decay or the parameter. On a GPU or TPU,
+        ``jax.default_matmul_precision`` says how exact products in float32 are.
+      matrix_axes: ``None``, two axes only, ``shape == (rows, columns)``; or ``(rows, columns)``, two tuples of axes,
+        negative ones from the end. Axes of one tuple are merged in its order; axes in neither are a batch, each element
+        of which is a matrix of its own.
+
+    PyTorch's weights have the shape (out, in), so that ``A / B`` is out / in. Kernels of Flax have (in, out): rows are
+    then the last axis. The orthogonalisation is the same either way, the factor is not.
+
+    ======================================  ==========================  ============================
+    kernel                                  shape                       ``matrix_axes``
+    ======================================  ==========================  ============================
+    ``Linear``, ``Dense``                   (in, out)                   ``((-1,), (-2,))``
+    the same, layers stacked for a scan     (layers, in, out)           ``((-1,), (-2,))``
+    attention: query, key, value            (in, heads, head)           ``((1, 2), (0,))``
+    the same, each head by its own          (in, heads, head)           ``((2,), (0,))``
+    attention: out                          (heads, head, out)          ``((2,), (0, 1))``
+    ``Conv``                                (height, width, in, out)    ``((3,), (0, 1, 2))``
+    ======================================  ==========================  ============================
+
+    Raises:
+      ValueError: a hyperparameter is out of range, a parameter has not two axes, or not those of ``matrix_axes``.
+      RuntimeError: a parameter is complex.
+
+    >>> import jax.numpy as jnp, optimjax as optim
+    >>> kernel = jnp.zeros((2, 4))  # in, out
+    >>> optimizer = optim.Muon({"kernel": kernel}, lr=0.1, ns_dtype=None, matrix_axes=((1,), (0,)))
+    >>> optimizer.step({"kernel": jnp.array([[3.0, 0, 0, 0], [0, -0.1, 0, 0]])})
+    >>> print(optimizer.params["kernel"].round(2))  # singular values near 1, times lr * sqrt(4 / 2)
+
+    As a pure function, :func:`optimjax.functional.muon`:
+
+    >>> muon = optim.functional.muon(lr=0.1, weight_decay=0)
+    >>> params = jnp.zeros((2, 2))
+    >>> params, state = muon.update(params, jnp.array([[2.0, 0], [0, 1]]), muon.init(params))
+    >>> print(params.round(1), state.momentum_buffer.round(2))
+    """
+
+    rule = Rule(Slots, init, scalars, update, check, check_param, counts_steps=False, batched=True)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Annotated[Any, _at_least_zero("Learning rate")] = 1e-3,
+        weight_decay: Annotated[Any, _at_least_zero("weight decay")] = 0.1,
+        momentum: Annotated[Any, _at_least_zero("momentum")] = 0.95,
+        nesterov: Flag = True,
+        ns_coefficients: Annotated[Any, _Three()] = (3.4445, -4.7750, 2.0315),
+        eps: Epsilon = 1e-7,
+        ns_steps: Annotated[int, Structural()] = 5,
+        adjust_lr_fn: Annotated[str | None, Structural()] = None,
+        *,
+        ns_dtype: Annotated[str | None, Structural()] = "bfloat16",
+        matrix_axes: Annotated[tuple[tuple[int, ...], tuple[int, ...]] | None, Structural()] = None,
+    ):
+        defaults = dict(
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            ns_coefficients=ns_coefficients,
+            eps=eps,
+            ns_steps=ns_steps,
+            adjust_lr_fn=adjust_lr_fn,
+            ns_dtype=ns_dtype,
+            matrix_axes=matrix_axes,
+        )
+        super().__init__(params, defaults)
+
+
+muon = factory(Muon)
