@@ -155,7 +155,8 @@ class Numeric:
             raise ValueError(f"Tensor {name} must be 1-element, got shape {np.shape(value)}")
         if isinstance(value, Tracer):
             return
-        if not (self.minimum <= value <= self.maximum and self.above < value < self.below):
+        number = np.asarray(value)  # comparing JAX's arrays would be traced where a program is
+        if not (self.minimum <= number <= self.maximum and self.above < number < self.below):
             raise ValueError(self.message.format(name=name, value=value, values=values))
 
     def over_numbers(self, function: Callable[[Any], Any], value: Any) -> Any:
@@ -278,7 +279,7 @@ class Hyperparameters:
     def flags(self, values: Mapping[str, Any]) -> Any:
         """The hashable part of a group: structural values, and for each switch whether it is on."""
         return self._flags(
-            *[values[name] for name in self._structural],
+            *[_hashable(values[name]) for name in self._structural],
             *[name in self._skips or _is_on(values[name]) for name in self._switches],
         )
 
@@ -286,6 +287,11 @@ class Hyperparameters:
         """The same for values that stay, which may be trees: a switch is on where any leaf is."""
         on = {name: any(map(_is_on, jax.tree.leaves(values[name]))) for name in self._switches}
         return self.flags({**values, **on})._replace(**{name: on[name] for name in self._skips})
+
+
+def _hashable(value: Any) -> Any:
+    """Tuples in place of lists, which checkpoints make of them."""
+    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _kind_of(default: Any) -> Kind:
