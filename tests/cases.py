@@ -11,11 +11,12 @@ from typing import Any
 
 import jax
 import numpy as np
+import stand_ins
 
 import optimjax as optim
 from optimjax import functional as F
 
-__all__ = ["CASES", "Bad", "Case", "Descent"]
+__all__ = ["CASES", "EVERY", "Bad", "Case", "Descent"]
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,11 @@ class Case:
       towards: for a hyperparameter that cannot be scaled towards 0, such as a factor above 1, what it can be scaled
         towards.
       rate_message: how PyTorch refuses a learning rate.
-      complex_message: how PyTorch refuses complex parameters, if it does.
+      complex_message: how PyTorch refuses complex parameters, if it does; it may begin with what it has to say of them.
+      sparse: whether gradients are sparse. The classes are then stand-ins that take dense ones, too.
       updates_empty: whether PyTorch updates empty arrays; we always do.
+      matrices: whether all parameters must have two axes.
+      beyond: options that PyTorch lacks.
       difference: half that of two learning rates, for a derivative; where state is float32, it must be larger.
       descent: the way to an optimum.
     """
@@ -92,7 +96,10 @@ class Case:
     towards: Mapping[str, float] = field(default_factory=dict)
     rate_message: str = "Invalid learning rate: {}"
     complex_message: str | None = None
+    sparse: bool = False
     updates_empty: bool = True
+    matrices: bool = False
+    beyond: tuple[str, ...] = ()
     difference: float = 1e-6
     descent: Descent = field(default_factory=Descent)
 
@@ -107,16 +114,46 @@ class Case:
         """Few options for tests that need not see every combination: no slot more than needed, and all slots."""
         return [dict(self.base), {**self.base, **self.full}]
 
+    def torch_gradient(self, torch: Any, grad: Any) -> Any:
+        """A PyTorch tensor as PyTorch's optimizer takes it for a gradient."""
+        return stand_ins.torch_naming_all(torch, grad) if self.sparse else grad
+
     def scaled(self, name: str, value: Any, factor: Any) -> Any:
         """Another legal value of a hyperparameter; the factor is in (0, 1]."""
         end = self.towards.get(name, 0)
         return jax.tree.map(lambda v: end + (v - end) * factor, value)
 
+    def ours(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options, and those that PyTorch lacks as every test uses them."""
+        return {name: self.base[name] for name in self.beyond if name in self.base} | dict(options)
+
+    def theirs(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the options that PyTorch has."""
+        return {name: value for name, value in options.items() if name not in self.beyond}
+
+    @property
+    def numeric(self) -> list[str]:
+        """The options whose values are not compiled in."""
+        return [name for name in self.other if name in self.optimizer.hyperparameters.numeric]
+
+    @property
+    def structural(self) -> list[str]:
+        """The options whose values are."""
+        return [name for name in self.other if name not in self.numeric]
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A shape like this one of parameters that the algorithm takes."""
+        return (*shape[:1], math.prod(shape[1:])) if shape and self.matrices else (1, 1) if self.matrices else shape
+
+    def fit(self, tree: Any) -> Any:
+        """The tree with its arrays in such shapes."""
+        return jax.tree.map(lambda x: x.reshape(self.shape(x.shape)), tree)
+
     def shapes(self, shapes: Sequence[tuple[tuple[int, ...], Any]]) -> list[tuple[tuple[int, ...], Any]]:
         """Shapes and dtypes like these of parameters that PyTorch takes."""
         return [
             (
-                shape if self.updates_empty else tuple(max(size, 1) for size in shape),
+                self.shape(shape if self.updates_empty else tuple(max(size, 1) for size in shape)),
                 dtype if self.complex_message is None else np.zeros((), dtype).real.dtype,
             )
             for shape, dtype in shapes
@@ -464,4 +501,86 @@ ADAFACTOR = Case(
     updates_empty=False,
 )
 
-CASES = (SGD, ADAM, ADAMW, RMSPROP, ADAGRAD, ADAMAX, NADAM, RADAM, ADADELTA, RPROP, ASGD, ADAFACTOR)
+SPARSE_ADAM = Case(
+    optimizer=stand_ins.SparseAdam,
+    factory=stand_ins.sparse_adam,
+    torch="SparseAdam",
+    base={"lr": 0.05},
+    full={},
+    grid={"betas": ((0.9, 0.999), (0.5, 0.9)), "eps": (1e-8, 1e-2), "maximize": (False, True)},
+    bad=(
+        *LEARNING_RATE,
+        NOT_A_NUMBER,
+        Bad({"lr": 0}, "Invalid learning rate: 0"),
+        Bad({"lr": 0.0}, "Invalid learning rate: 0.0"),
+        EPSILON,
+        Bad({"eps": 0}, "Invalid epsilon value: 0"),
+        *BETAS,
+    ),
+    other={"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-2, "maximize": True},
+    complex_message="SparseAdam does not support complex parameters",
+    sparse=True,
+    temporary=math.inf,  # grows with the entries that are named, which here are all; see test_sparse_adam.py
+)
+
+MUON = Case(
+    optimizer=optim.Muon,
+    factory=F.muon,
+    torch="Muon",
+    base={"lr": 0.05, "ns_dtype": None},
+    full={"adjust_lr_fn": "match_rms_adamw", "nesterov": False},
+    grid={
+        "weight_decay": (0, 0.1),
+        "momentum": (0, 0.95),
+        "nesterov": (False, True),
+        "adjust_lr_fn": (None, "original", "match_rms_adamw"),
+    },
+    bad=(
+        Bad({"lr": -1}, "Learning rate should be >= 0 but is: -1"),
+        Bad({"lr": math.nan}, "Learning rate should be >= 0 but is: nan"),
+        Bad({"momentum": -0.1}, "momentum should be >= 0 but is: -0.1"),
+        Bad({"weight_decay": -0.5}, "weight decay should be >= 0 but is: -0.5"),
+        Bad({"adjust_lr_fn": "rms"}, "Adjust learning rate function rms is not supported"),
+    ),
+    other={
+        "lr": 0.1,
+        "weight_decay": 0.5,
+        "momentum": 0.5,
+        "nesterov": False,
+        "ns_coefficients": (3.0, -3.2, 1.2),
+        "eps": 10.0,
+        "ns_steps": 3,
+        "adjust_lr_fn": "match_rms_adamw",
+        "ns_dtype": "bfloat16",
+        "matrix_axes": ((1,), (0,)),
+    },
+    needs={"momentum": {"eps": 10.0}, "nesterov": {"eps": 10.0}},  # of a longer column the length has no effect
+    temporary=math.inf,  # the products; see test_muon.py
+    rate_message="Learning rate should be >= 0 but is: {}",
+    complex_message="Muon does not support complex parameters",
+    matrices=True,
+    beyond=("ns_dtype", "matrix_axes"),
+    descent=Descent(0.05, 1e-7, {"weight_decay": 0}),
+)
+
+LBFGS = Case(
+    optimizer=optim.LBFGS,
+    factory=F.lbfgs,
+    torch="LBFGS",
+    base={"line_search_fn": "strong_wolfe"},
+    full={},
+    grid={},
+    bad=(*LEARNING_RATE, NOT_A_NUMBER),
+    other={
+        "lr": 0.1,
+        "max_iter": 3,
+        "max_eval": 4,
+        "tolerance_grad": 1.0,
+        "tolerance_change": 1.0,
+        "history_size": 1,
+        "line_search_fn": None,
+    },
+)
+
+CASES = (SGD, ADAM, ADAMW, RMSPROP, ADAGRAD, ADAMAX, NADAM, RADAM, ADADELTA, RPROP, ASGD, ADAFACTOR, SPARSE_ADAM, MUON)
+EVERY = (*CASES, LBFGS)  # LBFGS takes no gradients but a loss function: test_lbfgs.py has its tests

@@ -1,8 +1,11 @@
 """Fixtures: seeds, double precision, PyTorch where it is installed, a count of compilations."""
 
+import functools
+import importlib
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -42,7 +45,20 @@ def torch() -> Any:
     """PyTorch, or the test is skipped."""
     torch = pytest.importorskip("torch")
     torch.set_num_threads(1)  # the tensors are tiny, and pytest-xdist has the cores
+    muon = importlib.import_module("torch.optim._muon")
+    muon._zeropower_via_newtonschulz = in_full_precision(muon._zeropower_via_newtonschulz, torch.Tensor)
     return torch
+
+
+def in_full_precision(function: Callable[..., Any], tensor: Any) -> Callable[..., Any]:
+    """PyTorch's Newton-Schulz iteration without its rounding to bfloat16, which would hide every other difference."""
+
+    @functools.wraps(function)  # which keeps the rounding one, as `__wrapped__`
+    def wrapper(*args: Any) -> Any:
+        with mock.patch.object(tensor, "bfloat16", tensor.clone):
+            return function(*args)
+
+    return wrapper
 
 
 @pytest.fixture

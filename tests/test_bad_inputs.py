@@ -19,7 +19,7 @@ PAIRS = [
     pytest.param(case, name, id=f"{case}-{name}")
     for case in CASES
     for name, value in case.other.items()
-    if isinstance(value, tuple) and len(value) == 2
+    if name in case.numeric and isinstance(value, tuple) and len(value) == 2
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -29,18 +29,18 @@ def exactly(message: str) -> str:
 
 
 def add_group(case: Case, options: dict[str, Any]) -> None:
-    optimizer = case.optimizer([jnp.ones(2)])
+    optimizer = case.optimizer([jnp.ones((2, 2))])
     try:
-        optimizer.add_param_group({"params": [jnp.ones(3)], **options})
+        optimizer.add_param_group({"params": [jnp.ones((3, 2))], **options})
     finally:
-        assert [box.shape for box in optimizer.param_groups[0]["params"]] == [(2,)]
+        assert [box.shape for box in optimizer.param_groups[0]["params"]] == [(2, 2)]
         assert len(optimizer.param_groups) == 1
-        optimizer.step([jnp.ones(2)])  # still works
+        optimizer.step([jnp.ones((2, 2))])  # still works
 
 
 FACES: dict[str, Callable[[Case, dict[str, Any]], Any]] = {
-    "class": lambda case, options: case.optimizer([jnp.ones(2)], **options),
-    "group": lambda case, options: case.optimizer([{"params": [jnp.ones(2)], **options}]),
+    "class": lambda case, options: case.optimizer([jnp.ones((2, 2))], **options),
+    "group": lambda case, options: case.optimizer([{"params": [jnp.ones((2, 2))], **options}]),
     "add_param_group": add_group,
     "factory": lambda case, options: case.factory(**options),
 }
@@ -57,7 +57,7 @@ def test_value_out_of_range(case: Case, bad: Bad, make: Callable[..., Any]) -> N
 @pytest.mark.parametrize(("case", "bad"), REFUSED)
 def test_pytorch_says_the_same(torch: Any, case: Case, bad: Bad) -> None:
     with pytest.raises(ValueError, match=exactly(bad.message)):
-        getattr(torch.optim, case.torch)([torch.ones(2)], **bad.options)
+        getattr(torch.optim, case.torch)([torch.ones(2, 2)], **bad.options)
 
 
 @every_case
@@ -65,7 +65,7 @@ def test_of_two_illegal_values_pytorchs_first_is_named(torch: Any, case: Case) -
     for one, other in itertools.combinations(case.bad, 2):
         options = {**one.options, **other.options}
         with pytest.raises(ValueError, match=r".+") as theirs:
-            getattr(torch.optim, case.torch)([torch.ones(2)], **options)
+            getattr(torch.optim, case.torch)([torch.ones(2, 2)], **options)
         for make in FACES.values():
             with pytest.raises(ValueError, match=f"^{re.escape(str(theirs.value))}"):
                 make(case, dict(options))
@@ -81,7 +81,7 @@ def test_array_out_of_range(case: Case, make: Callable[..., Any]) -> None:
 @every_case
 def test_override_out_of_range(case: Case) -> None:
     algorithm = case.factory()
-    params = jnp.ones(2)
+    params = jnp.ones((2, 2))
     state = algorithm.init(params)
     with pytest.raises(ValueError, match=exactly(case.rate_message.format(-1.0))):
         algorithm.update(params, params, state, lr=-1.0)
@@ -121,8 +121,9 @@ def test_unknown_option(case: Case, make: Callable[..., Any]) -> None:
 @faces
 @every_case
 def test_array_for_a_flag(case: Case, make: Callable[..., Any]) -> None:
-    with pytest.raises(TypeError, match=r"^maximize decides what is compiled"):
-        make(case, {"maximize": jnp.array(True)})
+    for name in case.structural:
+        with pytest.raises(TypeError, match=f"^{name} decides what is compiled"):
+            make(case, {name: jnp.array(True)})
 
 
 @faces
@@ -136,7 +137,7 @@ def test_a_pair_that_is_none(case: Case, make: Callable[..., Any], name: str, va
 @every_case
 def test_schedules_belong_to_the_functional_core(case: Case) -> None:
     with pytest.raises(TypeError, match=r"^lr must be a number, .*schedules belong to optim.functional"):
-        case.optimizer([jnp.ones(2)], lr=lambda count: 0.1)
+        case.optimizer([jnp.ones((2, 2))], lr=lambda count: 0.1)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.complex_message], ids=str)
@@ -144,9 +145,9 @@ def test_complex_parameters_are_refused_where_pytorch_refuses_them(torch: Any, c
     assert case.complex_message is not None
     params = {"real": jnp.ones((2, 2)), "imaginary": jnp.ones((2, 2), jnp.complex64)}
     for make in (case.optimizer, case.factory().init):
-        with pytest.raises(RuntimeError, match=exactly(f"{case.complex_message} ('imaginary')")):
+        with pytest.raises((RuntimeError, ValueError), match=exactly(f"{case.complex_message} ('imaginary')")):
             make(params)
     parameter = torch.nn.Parameter(torch.ones((2, 2), dtype=torch.complex64))
     parameter.grad = torch.ones_like(parameter)
-    with pytest.raises(RuntimeError, match=exactly(case.complex_message)):
+    with pytest.raises((RuntimeError, ValueError), match=f"{re.escape(case.complex_message)}$"):
         getattr(torch.optim, case.torch)([parameter]).step()

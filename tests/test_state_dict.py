@@ -35,7 +35,7 @@ def grads(step: int, dtype: Any = np.float64) -> tuple[np.ndarray, ...]:
 
 def build(case: Case, index: int = 1, params: Any = None, **options: Any) -> Any:
     """Two groups, the second with a rate of its own."""
-    a, b, c = map(optim.Parameter, values() if params is None else params)
+    a, b, c = map(optim.Parameter, case.fit(values() if params is None else params))
     options = {**case.variants()[index], **options}
     return case.optimizer([{"params": [a, b]}, {"params": [c], "lr": 0.02}], **options)
 
@@ -48,7 +48,7 @@ def run(optimizer: Any, start: int, stop: int) -> list[np.ndarray]:
     boxes = boxes_of(optimizer)
     for step in range(start, stop):
         for box, grad in zip(boxes, grads(step, boxes[0].dtype), strict=True):
-            box.grad = grad
+            box.grad = grad.reshape(box.shape)
         optimizer.step()
     return [np.asarray(box) for box in boxes]
 
@@ -70,18 +70,18 @@ def assert_equal(ours: Any, theirs: Any) -> None:
 @pytest.mark.parametrize(("case", "index"), VARIANTS)
 def test_layout_is_pytorchs(case: Case, index: int, torch: Any) -> None:
     ours = build(case, index)
-    tensors = [torch.nn.Parameter(torch.from_numpy(v.copy())) for v in values()]
+    tensors = [torch.nn.Parameter(torch.from_numpy(v.copy())) for v in case.fit(values())]
     theirs = getattr(torch.optim, case.torch)(
-        [{"params": tensors[:2]}, {"params": tensors[2:], "lr": 0.02}], **case.variants()[index]
+        [{"params": tensors[:2]}, {"params": tensors[2:], "lr": 0.02}], **case.theirs(case.variants()[index])
     )
     for step in range(3):
         run(ours, step, step + 1)
         for tensor, grad in zip(tensors, grads(step), strict=True):
-            tensor.grad = torch.from_numpy(grad)
+            tensor.grad = case.torch_gradient(torch, torch.from_numpy(grad.reshape(tensor.shape)))
         theirs.step()
     saved, expected = ours.state_dict(), theirs.state_dict()
     assert list(saved) == list(expected)
-    assert saved["param_groups"] == expected["param_groups"]
+    assert [case.theirs(group) for group in saved["param_groups"]] == expected["param_groups"]
     assert [list(group)[-1] for group in saved["param_groups"]] == ["params", "params"]
     for number in range(3):
         entries = saved["state"].get(number, {})
@@ -218,15 +218,15 @@ def test_resuming_is_bit_for_bit(case: Case, index: int, first: int, second: int
 @pytest.mark.parametrize("saved_after", [0, 1, 7])
 @pytest.mark.parametrize(("case", "index"), VARIANTS)
 def test_a_run_of_pytorch_continues(case: Case, index: int, saved_after: int, torch: Any) -> None:
-    tensors = [torch.nn.Parameter(torch.from_numpy(v.copy())) for v in values()]
+    tensors = [torch.nn.Parameter(torch.from_numpy(v.copy())) for v in case.fit(values())]
     theirs = getattr(torch.optim, case.torch)(
-        [{"params": tensors[:2]}, {"params": tensors[2:], "lr": 0.02}], **case.variants()[index]
+        [{"params": tensors[:2]}, {"params": tensors[2:], "lr": 0.02}], **case.theirs(case.variants()[index])
     )
 
     def run_theirs(start: int, stop: int) -> None:
         for step in range(start, stop):
             for tensor, grad in zip(tensors, grads(step), strict=True):
-                tensor.grad = torch.from_numpy(grad)
+                tensor.grad = case.torch_gradient(torch, torch.from_numpy(grad.reshape(tensor.shape)))
             theirs.step()
 
     run_theirs(0, saved_after)
