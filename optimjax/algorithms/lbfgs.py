@@ -391,13 +391,13 @@ class Kept(NamedTuple):
         entries: dict[str, Any] = {"func_evals": int(state.func_evals), "n_iter": int(state.n_iter)}
         if entries["n_iter"]:
             stored, size = int(state.stored), len(state.ro)
-            rows = np.arange(max(stored - size, 0), stored) % size
+            rows = [jnp.int32(pair % size) for pair in range(max(stored - size, 0), stored)]  # traced: compiled once
             entries |= {
                 "d": state.d,
                 "t": float(state.t),
-                "old_dirs": list(state.old_dirs[rows]),
-                "old_stps": list(state.old_stps[rows]),
-                "ro": list(state.ro[rows]),
+                "old_dirs": [state.old_dirs[row] for row in rows],
+                "old_stps": [state.old_stps[row] for row in rows],
+                "ro": [state.ro[row] for row in rows],
                 "H_diag": state.H_diag,
                 "prev_flat_grad": state.prev_flat_grad,
                 "prev_loss": float(state.prev_loss),
@@ -419,11 +419,9 @@ def from_entries(entries: Mapping[str, Any], layout: Layout, history_size: int) 
     }
     history = {name: entries[name][-history_size:] for name in HISTORY}
     stored = len(history["ro"])
-    if stored:
-        arrays |= {
-            name: getattr(state, name).at[:stored].set(jnp.stack(list(map(jnp.asarray, rows))).astype(layout.dtype))
-            for name, rows in history.items()
-        }
+    for name, rows in history.items():
+        missing = [getattr(state, name)[0]] * (history_size - stored)
+        arrays[name] = jnp.stack([*(jnp.asarray(row, layout.dtype) for row in rows), *missing])
     return state._replace(**arrays, stored=jnp.int32(stored))
 
 
