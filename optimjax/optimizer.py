@@ -311,10 +311,9 @@ class Optimizer:
     def _are_gradients(self, x: Any) -> bool:
         """Whether a callable is a tree of gradients, as an Equinox module is."""
         try:
-            self._pair(x)
+            return not any(callable(grad) for _, grad in self._pair(x))
         except (ValueError, TypeError):
             return False
-        return True
 
     def _pair(self, grads: Any) -> Iterable[tuple[Parameter, Any]]:
         parts = [grads]

@@ -76,6 +76,12 @@ def test_has_aux() -> None:
     np.testing.assert_array_equal(boxes_of(optimizer)[0].grad, [1, 2])
 
 
+def test_parameters_that_are_one_array() -> None:
+    optimizer = optim.SGD(jnp.array([1.0, 2.0]), lr=0.5)
+    assert optimizer.step(lambda x: (x**2).sum()) == 5
+    assert optimizer.params.tolist() == [0, 0]
+
+
 def test_a_parameter_the_loss_does_not_use_gets_a_zero_gradient() -> None:
     """As `jax.grad` has it; an unused box of a module that is no argument gets none."""
     optimizer = optim.SGD({"w": jnp.ones(2), "unused": jnp.ones(3)}, lr=0.1)
