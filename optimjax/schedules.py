@@ -1,10 +1,12 @@
 """Schedules: pure functions ``count -> value``, for use inside ``jit``, ``scan`` and ``vmap``.
 
 A schedule may stand for any numeric hyperparameter of the functional core; update k (from 0) uses ``schedule(k)``.
-Each is the closed form of the scheduler of that name in :mod:`optimjax.lr_scheduler`, which computes its own
-closed form here. A Python count is answered in double precision; an array of JAX in its default precision.
+Each is the closed form of the scheduler of that name in :mod:`optimjax.lr_scheduler`, with the value that it has after
+as many steps.
 
 The first argument is the base value (PyTorch's ``lr`` of the group), a number or an array; the others are PyTorch's.
+A count is an integer of at least 0: a Python number or an array of NumPy is answered in double precision, an array of
+JAX, of any shape, in JAX's default precision.
 
 >>> import jax.numpy as jnp, optimjax as optim
 >>> from optimjax import functional as F, schedules
@@ -12,8 +14,10 @@ The first argument is the base value (PyTorch's ``lr`` of the group), a number o
 >>> sgd = F.sgd(lr=0.1, momentum=schedules.linear(0.9, start_factor=0.5, total_iters=10))
 """
 
+import itertools
 import math
-from bisect import bisect_left, bisect_right
+import operator
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -61,8 +65,8 @@ class _Math:
         return yes if condition else no
 
     @staticmethod
-    def searchsorted(values: Any, count: Any, side: str) -> int:
-        return (bisect_right if side == "right" else bisect_left)(values, count)
+    def searchsorted(values: Any, count: Any, side: Literal["right"]) -> int:
+        return bisect_right(values, count)
 
     @staticmethod
     def asarray(values: Any) -> Any:
@@ -74,6 +78,11 @@ def _functions(count: Any) -> Any:
     if isinstance(count, jax.Array):
         return jnp
     return np if isinstance(count, np.ndarray) else _Math
+
+
+def _check_positive(name: str, number: float) -> None:
+    if not number > 0:
+        raise ValueError(f"{name} must be positive, got {number}")
 
 
 def constant(value: Value, factor: float = 1.0 / 3, total_iters: int = 5) -> Schedule:
@@ -93,7 +102,7 @@ def constant(value: Value, factor: float = 1.0 / 3, total_iters: int = 5) -> Sch
 def linear(value: Value, start_factor: float = 1.0 / 3, end_factor: float = 1.0, total_iters: int = 5) -> Schedule:
     """From ``value * start_factor`` straight to ``value * end_factor`` in ``total_iters`` counts, as ``LinearLR``.
 
-    >>> [round(float(linear(0.4, start_factor=0.5, total_iters=2)(count)), 3) for count in range(4)]
+    >>> [round(linear(0.4, start_factor=0.5, total_iters=2)(count), 3) for count in range(4)]
     [0.2, 0.3, 0.4, 0.4]
 
     Raises:
@@ -106,8 +115,8 @@ def linear(value: Value, start_factor: float = 1.0 / 3, end_factor: float = 1.0,
         )
     if not 0 <= end_factor <= 1:
         raise ValueError(f"Ending multiplicative factor expected to be between 0 and 1, got end_factor={end_factor}")
-    rise = end_factor - start_factor
-    return lambda count: value * (start_factor + rise * _functions(count).minimum(total_iters, count) / total_iters)
+    rise, whole = end_factor - start_factor, total_iters or 1  # of no counts it stays at the first, as PyTorch's does
+    return lambda count: value * (start_factor + rise * _functions(count).minimum(total_iters, count) / whole)
 
 
 def step(value: Value, step_size: int, gamma: float = 0.1) -> Schedule:
@@ -115,17 +124,21 @@ def step(value: Value, step_size: int, gamma: float = 0.1) -> Schedule:
 
     >>> [step(1.0, step_size=2, gamma=0.5)(count) for count in range(5)]
     [1.0, 1.0, 0.5, 0.5, 0.25]
+
+    Raises:
+      ValueError: ``step_size`` is not positive.
     """
+    _check_positive("step_size", step_size)
     return lambda count: value * gamma ** (count // step_size)
 
 
 def multi_step(value: Value, milestones: Iterable[int], gamma: float = 0.1) -> Schedule:
     """Times ``gamma`` at each milestone, as ``MultiStepLR``; one that is named twice counts twice.
 
-    >>> [float(multi_step(1.0, milestones=[1, 3], gamma=0.5)(count)) for count in range(5)]
+    >>> [multi_step(1.0, milestones=[1, 3], gamma=0.5)(count) for count in range(5)]
     [1.0, 0.5, 0.5, 0.25, 0.25]
     """
-    ordered = np.sort(np.asarray(list(milestones), dtype=int))
+    ordered = np.sort(np.asarray(list(milestones)))
     return lambda count: value * gamma ** _functions(count).searchsorted(ordered, count, side="right")
 
 
@@ -141,18 +154,29 @@ def exponential(value: Value, gamma: float) -> Schedule:
 def polynomial(value: Value, total_iters: int = 5, power: float = 1.0) -> Schedule:
     """From ``value`` to 0 in ``total_iters`` counts, as a power of the share that is left, as ``PolynomialLR``.
 
-    >>> [round(float(polynomial(1.0, total_iters=4, power=2.0)(count)), 4) for count in range(6)]
+    >>> [polynomial(1.0, total_iters=4, power=2.0)(count) for count in range(6)]
     [1.0, 0.5625, 0.25, 0.0625, 0.0, 0.0]
     """
-    return lambda count: value * (1.0 - _functions(count).minimum(total_iters, count) / total_iters) ** power
+    whole = float(total_iters or 1)  # of no counts it stays at the first, as PyTorch's does
+
+    def schedule(count: Any) -> Any:
+        xp = _functions(count)
+        left = 1.0 - xp.minimum(total_iters, count) / whole
+        return value * xp.maximum(left, 0.0) ** power  # compiled, a division may come to more than 1
+
+    return schedule
 
 
 def cosine_annealing(value: Value, T_max: float, eta_min: float = 0.0) -> Schedule:  # noqa: N803
     """Half a cosine from ``value`` to ``eta_min`` in ``T_max`` counts, and up again after, as ``CosineAnnealingLR``.
 
-    >>> [round(float(cosine_annealing(1.0, T_max=4)(count)), 3) for count in (0, 2, 4, 6)]
+    >>> [round(cosine_annealing(1.0, T_max=4)(count), 3) for count in (0, 2, 4, 6)]
     [1.0, 0.5, 0.0, 0.5]
+
+    Raises:
+      ValueError: ``T_max`` is not positive.
     """
+    _check_positive("T_max", T_max)
     return lambda count: eta_min + (value - eta_min) * (1 + _functions(count).cos(math.pi * count / T_max)) / 2
 
 
@@ -161,7 +185,7 @@ def cosine_annealing_warm_restarts(value: Value, T_0: int, T_mult: int = 1, eta_
 
     As ``CosineAnnealingWarmRestarts``.
 
-    >>> [round(float(cosine_annealing_warm_restarts(1.0, T_0=2, T_mult=2)(count)), 3) for count in range(6)]
+    >>> [round(cosine_annealing_warm_restarts(1.0, T_0=2, T_mult=2)(count), 3) for count in range(6)]
     [1.0, 0.5, 1.0, 0.854, 0.5, 0.146]
 
     Raises:
@@ -208,9 +232,10 @@ def cyclic(
     [0.1, 0.3, 0.5, 0.3, 0.1]
 
     Raises:
-      ValueError: an unknown mode without a ``scale_fn``.
+      ValueError: an unknown mode without a ``scale_fn``, or ``step_size_up`` is not positive.
     """
     scale, by = cyclic_scale(mode, gamma, scale_fn, scale_mode)
+    _check_positive("step_size_up", step_size_up)
     up = float(step_size_up)
     total = up + (float(step_size_down) if step_size_down is not None else up)
     return lambda count: triangle(value, max_lr, count, total, up / total, scale, by)
@@ -254,36 +279,42 @@ def one_cycle(
 ) -> Schedule:
     """Up from ``value / div_factor`` to ``value``, and down to that divided by ``final_div_factor``, as ``OneCycleLR``.
 
-    ``value`` is PyTorch's ``max_lr``. With ``div_factor=base_momentum / max_momentum`` and ``final_div_factor=1`` the
-    base momentum becomes the cycle of the momentum that runs beside it.
+    ``value`` is PyTorch's ``max_lr``. Beyond ``total_steps``, where the scheduler raises, it stays at the last value.
+
+    The momentum that ``OneCycleLR`` cycles beside the rate is the cycle around the base momentum with
+    ``div_factor=base_momentum / max_momentum`` and ``final_div_factor=1``.
 
     >>> rate = one_cycle(1.0, total_steps=10)
-    >>> [round(float(rate(count)), 3) for count in (0, 2, 9)]
+    >>> [round(rate(count), 3) for count in (0, 2, 9)]
     [0.04, 1.0, 0.0]
+    >>> momentum = one_cycle(0.85, total_steps=10, div_factor=0.85 / 0.95, final_div_factor=1)
+    >>> [round(momentum(count), 3) for count in (0, 2, 9)]
+    [0.95, 0.85, 0.95]
 
     Raises:
       ValueError: no number of steps, or a value out of range.
     """
     total = one_cycle_steps(total_steps, epochs, steps_per_epoch)
-    initial = value / div_factor
     ends = one_cycle_ends(total, pct_start, three_phase)
-    values = [initial, value, *([initial] if three_phase else []), initial / final_div_factor]
     anneal = annealing(anneal_strategy)
+    initial = value / div_factor
+    values = [initial, value, *([initial] if three_phase else []), initial / final_div_factor]
 
     def schedule(count: Any) -> Any:
-        xp = _functions(count)
-        count = xp.minimum(count, total)
-        starts = [0.0, *ends[:-1]]
-        pieces = [
-            anneal(values[phase], values[phase + 1], (count - start) / (end - start))
-            for phase, (start, end) in enumerate(zip(starts, ends, strict=True))
-        ]
-        result = pieces[-1]
-        for piece, end in zip(pieces[-2::-1], ends[-2::-1], strict=True):
-            result = xp.where(count <= end, piece, result)
-        return result
+        # The scheduler may be stepped once too often, to `total`; PyTorch's value there lies beyond the last one.
+        return phases(_functions(count).where(count > total, total - 1, count), ends, values, anneal)
 
     return schedule
+
+
+def phases(count: Any, ends: Sequence[float], values: Sequence[Any], anneal: Callable[[Any, Any, Any], Any]) -> Any:
+    """The value at a count of phases that end at ``ends``, each between two of ``values``, one more than ``ends``."""
+    result = None
+    for start, end, first, last in reversed(list(zip([0.0, *ends], ends, values, values[1:], strict=False))):
+        share = (count - start) / (end - start) if end != start else 1.0
+        piece = anneal(first, last, share)
+        result = piece if result is None else _functions(count).where(count <= end, piece, result)
+    return result
 
 
 def one_cycle_steps(total_steps: int | None, epochs: int | None, steps_per_epoch: int | None) -> int:
@@ -334,12 +365,13 @@ def multiplicative(value: Value, lr_lambda: Callable[[Any], Any]) -> Schedule:
 
     def schedule(count: Any) -> Any:
         if isinstance(count, jax.Array):
+            if count.ndim:
+                return jax.vmap(schedule)(count)
             start = jnp.asarray(value, jnp.result_type(float))
-            return jax.lax.fori_loop(1, count + 1, lambda index, rate: rate * lr_lambda(index), start)
-        result = value
-        for index in range(1, count + 1):
-            result = result * lr_lambda(index)
-        return result
+            return jax.lax.fori_loop(1, count + 1, lambda index, result: result * lr_lambda(index), start)
+        factors = map(lr_lambda, range(1, int(np.max(count)) + 1))
+        values = list(itertools.accumulate(factors, operator.mul, initial=value))
+        return np.asarray(values)[count] if isinstance(count, np.ndarray) else values[count]
 
     return schedule
 
@@ -348,11 +380,11 @@ def sequential(schedules: Sequence[Schedule], milestones: Sequence[int]) -> Sche
     """One schedule after the other, each from its own count 0 on, as ``SequentialLR``.
 
     >>> both = sequential([linear(1.0, 0.5, total_iters=2), exponential(1.0, 0.5)], milestones=[2])
-    >>> [round(float(both(count)), 3) for count in range(5)]
+    >>> [round(both(count), 3) for count in range(5)]
     [0.5, 0.75, 1.0, 0.5, 0.25]
 
     Raises:
-      ValueError: the number of milestones is not one less than that of the schedules.
+      ValueError: the number of milestones is not one less than that of the schedules, or they do not ascend.
     """
     schedules, milestones = list(schedules), list(milestones)
     if not schedules or len(milestones) != len(schedules) - 1:
@@ -360,9 +392,14 @@ def sequential(schedules: Sequence[Schedule], milestones: Sequence[int]) -> Sche
             "sequential expects one schedule more than milestones, "
             f"got {len(schedules)} schedules and {len(milestones)} milestones"
         )
+    if milestones != sorted(milestones):
+        raise ValueError(f"milestones must ascend, got {milestones}")
 
     def schedule(count: Any) -> Any:
         xp = _functions(count)
+        if xp is _Math:
+            index = bisect_right(milestones, count)
+            return schedules[index](count - [0, *milestones][index])
         result = schedules[0](count)
         for start, later in zip(milestones, schedules[1:], strict=True):
             result = xp.where(count >= start, later(xp.maximum(count - start, 0)), result)
@@ -393,7 +430,7 @@ def warmup(schedule: Schedule, total_iters: int, *, delay: bool = True) -> Sched
       delay: whether the schedule begins after the warm-up; otherwise it runs beside it, and is scaled.
 
     >>> rate = warmup(cosine_annealing(1.0, T_max=4), 2)
-    >>> [round(float(rate(count)), 3) for count in range(7)]
+    >>> [round(rate(count), 3) for count in range(7)]
     [0.5, 1.0, 1.0, 0.854, 0.5, 0.146, 0.0]
 
     A schedule with the base value 1 is a factor, so the facade takes it, too:
@@ -405,24 +442,23 @@ def warmup(schedule: Schedule, total_iters: int, *, delay: bool = True) -> Sched
     Raises:
       ValueError: ``total_iters`` is not positive.
     """
-    if total_iters <= 0:
-        raise ValueError(f"total_iters must be positive, got {total_iters}")
+    _check_positive("total_iters", total_iters)
 
     def joined(count: Any) -> Any:
         xp = _functions(count)
-        share = xp.minimum((count + 1) / total_iters, 1.0)
+        share = xp.minimum((count + 1) / float(total_iters), 1.0)  # JAX divides two integers in single precision
         return schedule(xp.maximum(count - total_iters, 0) if delay else count) * share
 
     return joined
 
 
 class PlateauState(NamedTuple):
-    """What :func:`reduce_on_plateau` carries from metric to metric; scalars."""
+    """What :func:`reduce_on_plateau` carries from metric to metric."""
 
-    value: Array
-    best: Array
-    num_bad_epochs: Array
-    cooldown_counter: Array
+    value: Array  # of the shape of the first one, in JAX's default precision
+    best: Array  # [] in JAX's default precision
+    num_bad_epochs: Array  # [] int32
+    cooldown_counter: Array  # [] int32
 
 
 class Plateau(NamedTuple):
@@ -445,6 +481,9 @@ def reduce_on_plateau(
 ) -> Plateau:
     """Cut ``value`` after more than ``patience`` metrics without an improvement, as ``ReduceLROnPlateau``.
 
+    It is no function of the count but a pair, as an algorithm is: ``update(metric, state)`` returns the value to go on
+    with, to be given to the functional core for one call: ``adam.update(params, grads, state, lr=value)``.
+
     >>> plateau = reduce_on_plateau(1.0, factor=0.5, patience=1)
     >>> state = plateau.init()
     >>> for metric in (3.0, 2.0, 2.0, 2.0):
@@ -461,23 +500,37 @@ def reduce_on_plateau(
 
     def init() -> PlateauState:
         kind = jnp.result_type(float)
-        zero = jnp.zeros((), jnp.int32)
-        return PlateauState(
-            jnp.asarray(value, kind), jnp.asarray(math.inf if mode == "min" else -math.inf, kind), zero, zero
-        )
+        counts = (jnp.zeros((), jnp.int32) for _ in range(2))  # not one for both: a state may be donated
+        return PlateauState(jnp.asarray(value, kind), jnp.asarray(worst(mode), kind), *counts)
 
     def update(metric: Any, state: PlateauState) -> tuple[Array, PlateauState]:
-        improved = better(metric, state.best)
-        cooling = state.cooldown_counter > 0
-        bad = jnp.where(improved | cooling, 0, state.num_bad_epochs + 1)
-        cut = bad > patience
-        lower = jnp.maximum(state.value * factor, min_lr)
-        new = jnp.where(cut & (state.value - lower > eps), lower, state.value)
-        waiting = jnp.where(cut, cooldown, jnp.maximum(state.cooldown_counter - 1, 0))
-        best = jnp.where(improved, metric, state.best)
-        return new, PlateauState(new, best, jnp.where(cut, 0, bad), waiting)
+        cut, *counted = watch(metric, *state[1:], better, patience, cooldown)
+        new = jnp.where(cut, reduced(state.value, factor, min_lr, eps), state.value)
+        return new, PlateauState(new, *counted)
 
     return Plateau(init, update)
+
+
+def watch(metric: Any, best: Any, bad: Any, waiting: Any, better: Any, patience: int, cooldown: int) -> Any:
+    """Count one metric of a plateau: ``(cut, best, num_bad_epochs, cooldown_counter)``; ``cut`` says whether to cut."""
+    xp = _functions(best)
+    improved = better(metric, best)
+    bad = xp.where(improved | (waiting > 0), 0, bad + 1)
+    waiting = xp.maximum(waiting - 1, 0)
+    cut = bad > patience
+    return cut, xp.where(improved, metric, best), xp.where(cut, 0, bad), xp.where(cut, cooldown, waiting)
+
+
+def reduced(value: Any, factor: float, lowest: Any, eps: float) -> Any:
+    """A value after a cut of a plateau; a cut by less than ``eps`` is left out."""
+    xp = _functions(value)
+    new = xp.maximum(value * factor, lowest)
+    return xp.where(value - new > eps, new, value)
+
+
+def worst(mode: str) -> float:
+    """What every metric is better than."""
+    return math.inf if mode == "min" else -math.inf
 
 
 def improvement(mode: str, threshold: float, threshold_mode: str) -> Callable[[Any, Any], Any]:

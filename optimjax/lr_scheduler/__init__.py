@@ -10,8 +10,10 @@ Differs from PyTorch:
    scheduler was built before or after the optimizer's state was loaded.
 2. A group added to the optimizer later is scheduled, from the learning rate that it was added with.
 3. ``SequentialLR`` and ``ChainedScheduler`` take ``ReduceLROnPlateau`` (``step(metric)``), and sequences and chains at
-   any place. A plateau scheduler whose turn comes begins at the base rate.
-4. A step that fails leaves schedulers and groups as they were.
+   any place. What PyTorch does not take begins at the base rate when its turn comes.
+4. A step, or loading, that fails leaves schedulers and groups as they were.
+5. ``ConstantLR(factor=0)``, and a ``OneCycleLR`` whose first phase is one step long (``pct_start * total_steps == 1``),
+   work; PyTorch divides by zero.
 """
 
 from optimjax.lr_scheduler.base import LRScheduler
@@ -28,6 +30,7 @@ from optimjax.lr_scheduler.factors import (
     PolynomialLR,
     StepLR,
 )
+from optimjax.lr_scheduler.finder import find_lr
 from optimjax.lr_scheduler.plateau import ReduceLROnPlateau
 from optimjax.lr_scheduler.preview import preview
 
@@ -48,5 +51,8 @@ __all__ = [
     "ReduceLROnPlateau",
     "SequentialLR",
     "StepLR",
+    "find_lr",
     "preview",
 ]
+
+_LRScheduler = LRScheduler  # the name from before PyTorch 2.0, which schedulers of one's own still derive from

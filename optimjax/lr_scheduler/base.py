@@ -8,19 +8,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optimjax.optimizer import Optimizer
+from optimjax.state_dict import plain
 
 __all__ = [
     "LRScheduler",
     "Rate",
     "Snapshot",
+    "attributes_of",
     "building",
     "extended",
     "nested",
     "per_group",
     "unless_it_fails",
     "warn_of_epoch",
+    "without_warnings",
     "write",
 ]
 
@@ -37,11 +41,23 @@ class LRScheduler:
       optimizer: the optimizer whose groups are written.
       last_epoch: index of the last epoch done; -1 starts. Otherwise every group must have its ``initial_lr``.
       key: which number of the groups is scheduled; ``"lr"`` unless another one is meant (``"weight_decay"``). What is
-        said of learning rates holds for it.
+        said of learning rates holds for it; ``initial_weight_decay`` then is what ``initial_lr`` is for the rate.
 
     Raises:
-      TypeError: not an optimizer, or a key that is no number.
+      TypeError: not an optimizer, or a key that is no number of its groups.
       KeyError: resuming with ``last_epoch`` where a group has no ``initial_lr``.
+
+    >>> import jax.numpy as jnp, optimjax as optim
+    >>> class InverseSquareRoot(optim.lr_scheduler.LRScheduler):
+    ...     def get_lr(self):
+    ...         return [base / (1 + self.last_epoch) ** 0.5 for base in self.base_lrs]
+    >>> optimizer = optim.SGD([jnp.ones(2)], lr=1.0)
+    >>> scheduler = InverseSquareRoot(optimizer)
+    >>> for epoch in range(3):
+    ...     optimizer.step([jnp.ones(2)])
+    ...     scheduler.step()
+    >>> scheduler.get_last_lr()
+    [0.5]
     """
 
     # As in PyTorch's state dicts.
@@ -62,17 +78,22 @@ class LRScheduler:
                             "scheduler with last_epoch >= 0: load the optimizer's state first, or start with "
                             "last_epoch=-1"
                         )
-            self.last_epoch = last_epoch
             self.base_lrs: list[Rate] = []
+            self._adopt_groups()
+            self.last_epoch = last_epoch
             if not optimizer._scheduled:  # steps before the first scheduler do not count for the warning of `step`
                 optimizer._scheduled, optimizer._step_called = True, False
             self._initial_step()
 
     def _schedule(self, optimizer: Optimizer, key: str) -> None:
         self.optimizer = optimizer
+        structural = optimizer.hyperparameters.kinds.keys() - set(optimizer.hyperparameters.numeric)
         for index, group in enumerate(optimizer.param_groups):
-            if key not in optimizer.hyperparameters.numeric or isinstance(group[key], (tuple, list)):
-                raise TypeError(f"key must name a number of the groups, got {key!r} in param_groups[{index}]")
+            if key in structural or not _is_number(group.get(key)):
+                raise TypeError(
+                    f"key must name a number of the groups, got {key!r}, which is {group.get(key)!r} in "
+                    f"param_groups[{index}]"
+                )
         if key != self.key:  # else the state dict is PyTorch's
             self.key = key
 
@@ -92,17 +113,23 @@ class LRScheduler:
         return {name: _copied(value) for name, value in vars(self).items() if name != "optimizer"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned.
+        """Load what :meth:`state_dict` returned, of this library or of PyTorch.
 
-        Values of the groups that building a scheduler has overwritten, and nobody has touched since, become those that
-        the optimizer had loaded before, or, if it has loaded nothing, the rates of the saved run.
+        It undoes what building did to the groups, so that those that the optimizer had loaded before are there again;
+        if it has loaded nothing, the rates become those of the saved run. What was edited since building stays.
         """
-        vars(self).update({name: _copied(value) for name, value in state_dict.items()})
-        loaded = self.optimizer._loaded or [{self.key: rate} for rate in self._last_lr]
-        for group, built, saved in zip(self.optimizer.param_groups, self.optimizer._built, loaded, strict=False):
-            for name, value in built.items():
-                if name in saved and (group.get(name) is value or group.get(name) == value):
-                    built[name] = group[name] = saved[name]
+        with unless_it_fails(self):
+            self._load(state_dict)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        vars(self).update({name: plain(_copied(value)) for name, value in state_dict.items()})
+        optimizer = self.optimizer
+        for group, built, rate in zip(optimizer.param_groups, optimizer._built, self._last_lr, strict=False):
+            for name, (before, after) in built.items():
+                if group.get(name) is after:
+                    value = before if optimizer._loaded else rate if name == self.key else after
+                    write(group, name, value)
+                    built[name] = value, group[name]
 
     def get_last_lr(self) -> list[Rate]:
         """The learning rates that the last step set, one for each group."""
@@ -145,8 +172,17 @@ class LRScheduler:
         self._last_lr = self._rates()
 
     def _restart(self) -> None:
-        """Begin at epoch 0, when it is this scheduler's turn in a sequence."""
+        """Begin at epoch 0 from the base rates, when it is this scheduler's turn in a sequence."""
         self._advance(0)
+
+    def _reset_rates(self) -> None:
+        for group in self.optimizer.param_groups:
+            write(group, self.key, group.setdefault(self._initial, group[self.key]))
+
+    def _begin(self) -> None:
+        """Begin at epoch 0 from the present rates, as when it was built."""
+        self.last_epoch = -1
+        self._initial_step()
 
     def _adopt_groups(self) -> None:
         """Groups that have come since the last step are scheduled from the rate that they have."""
@@ -176,9 +212,9 @@ def warn_of_epoch() -> None:
 
 
 def write(group: dict[str, Any], name: str, value: Any) -> None:
-    """Set a value of a group; where it has an array there, of that dtype."""
+    """Set a value of a group; where it has an array there, as an array of that dtype and shape."""
     old = group.get(name)
-    group[name] = jnp.asarray(value, old.dtype) if isinstance(old, jax.Array) else value
+    group[name] = jnp.full_like(old, value) if isinstance(old, jax.Array) else value
 
 
 def per_group(name: str, given: Any, optimizer: Optimizer) -> list[Any]:
@@ -198,15 +234,15 @@ def per_group(name: str, given: Any, optimizer: Optimizer) -> list[Any]:
 
 
 def extended(name: str, values: list[Any], groups: int) -> list[Any]:
-    """The values of all groups after some were added: they follow the others, where all have the same.
+    """The values of all groups after some were added: these follow the others, where all have the same.
 
     Raises:
-      ValueError: the groups have different values.
+      ValueError: the others differ. The message calls the values ``name``.
     """
-    if len(values) < groups and any(value is not values[0] for value in values):
+    if len(values) < groups and any(value != values[0] for value in values):
         raise ValueError(
-            f"Expected {groups} {name}, but got {len(values)}: a group was added to the optimizer; append its value to "
-            f"scheduler.{name}"
+            f"Expected {groups} {name}, but got {len(values)}: a group was added to the optimizer, and the others "
+            "differ; add its own"
         )
     return values + values[:1] * (groups - len(values))
 
@@ -218,14 +254,11 @@ class Snapshot:
     """A scheduler, those inside it, and the groups it writes, to be restored."""
 
     def __init__(self, scheduler: Any):
-        self._optimizer = scheduler.optimizer
-        self._step_called = self._optimizer._step_called
         self._kept = [(vars(each), dict(vars(each))) for each in nested(scheduler)]
-        self._kept += [(group, dict(group)) for group in self._optimizer.param_groups]
+        self._kept += [(group, dict(group)) for group in scheduler.optimizer.param_groups]
 
     def restore(self) -> None:
         """Put everything back."""
-        self._optimizer._step_called = self._step_called
         for present, kept in self._kept:
             present.clear()
             present.update(kept)
@@ -250,8 +283,16 @@ def unless_it_fails(scheduler: Any) -> Iterator[None]:
 
 
 @contextmanager
+def without_warnings() -> Iterator[None]:
+    """Steps that no ``optimizer.step()`` comes before, for they are none of a training loop."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+@contextmanager
 def building(optimizer: Any) -> Iterator[None]:
-    """While a scheduler is built: the optimizer learns what is overwritten; an error leaves the groups as they were.
+    """While a scheduler is built: the optimizer notes what is overwritten; an error leaves the groups as they were.
 
     Raises:
       TypeError: not an optimizer.
@@ -259,6 +300,7 @@ def building(optimizer: Any) -> Iterator[None]:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
     before = [dict(group) for group in optimizer.param_groups]
+    earlier = [dict(built) for built in optimizer._built] + [{} for _ in before[len(optimizer._built) :]]
     try:
         yield
     except BaseException:
@@ -266,11 +308,23 @@ def building(optimizer: Any) -> Iterator[None]:
             group.clear()
             group.update(old)
         raise
-    optimizer._built += [{} for _ in before[len(optimizer._built) :]]
-    for group, old, built in zip(optimizer.param_groups, before, optimizer._built, strict=True):
-        built.update((name, value) for name, value in group.items() if name not in old or old[name] is not value)
+    optimizer._built = earlier
+    for group, old, built in zip(optimizer.param_groups, before, earlier, strict=True):
+        for name, value in old.items():
+            # Of schedulers built one after the other, the first has found what was there before.
+            first, last = built.get(name, (None, None))
+            built[name] = first if last is value else value, group[name]
+
+
+def attributes_of(function: Any) -> dict[str, Any] | None:
+    """What is saved of a callable: the attributes of an object, nothing of a function, jitted or not."""
+    return None if function is None or hasattr(function, "__qualname__") else dict(vars(function))
 
 
 def _copied(value: Any) -> Any:
     """A state dict and a scheduler must not share what either may change."""
     return copy.copy(value) if isinstance(value, (list, dict)) else value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number, np.ndarray, jax.Array)) and not isinstance(value, bool)

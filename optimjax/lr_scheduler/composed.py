@@ -4,24 +4,27 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any, SupportsFloat
 
-from optimjax.lr_scheduler.base import LRScheduler, Rate, building, nested, unless_it_fails, write
+from optimjax.lr_scheduler.base import LRScheduler, Rate, building, nested, unless_it_fails, without_warnings
 from optimjax.optimizer import Optimizer
 
 __all__ = ["ChainedScheduler", "SequentialLR"]
 
 
 class _Composed(LRScheduler):
-    """What the two have in common: the schedulers inside, and their state dicts."""
+    """What the two have in common: the schedulers inside, and their state dicts.
+
+    They may schedule different numbers of the groups; :meth:`get_last_lr` tells of that of the first one.
+    """
 
     takes_metric = True
-    _schedulers: Sequence[LRScheduler]
+    _schedulers: list[LRScheduler]
 
-    def _take(self, schedulers: Sequence[LRScheduler], optimizer: Optimizer | None) -> None:
+    def _take(self, schedulers: Sequence[LRScheduler], optimizer: Optimizer | None, wanted: str) -> None:
         name = type(self).__name__
         if len(schedulers) < 1:
-            raise ValueError(f"{name} expects at least one scheduler, but got no scheduler.")
+            raise ValueError(f"{name} expects at least one scheduler{wanted}, but got no scheduler.")
         for index, scheduler in enumerate(schedulers):
-            if not hasattr(scheduler, "optimizer"):
+            if not isinstance(scheduler, LRScheduler):
                 raise TypeError(f"{name} at index {index} should have `optimizer` as its attribute, got {scheduler!r}")
             optimizer = scheduler.optimizer if optimizer is None else optimizer
             if scheduler.optimizer is not optimizer:
@@ -30,9 +33,8 @@ class _Composed(LRScheduler):
                     f"{type(scheduler).__name__} at index {index} has {scheduler.optimizer}, which is different from "
                     f"{type(optimizer).__name__}."
                 )
-        assert optimizer is not None  # there is a scheduler
-        self.optimizer = optimizer
         self._schedulers = list(schedulers)
+        self._schedule(self._schedulers[0].optimizer, self._schedulers[0].key)
 
     def _step_inner(self, scheduler: Any, metrics: SupportsFloat | None) -> None:
         if scheduler.takes_metric:
@@ -40,16 +42,33 @@ class _Composed(LRScheduler):
         else:
             scheduler.step()
 
+    def _initial_step(self) -> None:
+        if any(leaf.takes_metric for leaf in self._leaves()):
+            self._begin()
+        else:  # PyTorch's, which is a whole step
+            super()._initial_step()
+
+    def _restart(self) -> None:
+        """What PyTorch refuses: a sequence or a chain whose turn comes begins as one that is built then."""
+        self._reset_rates()
+        self._begin()
+
+    def _reset_rates(self) -> None:
+        for leaf in self._leaves():
+            leaf._reset_rates()
+
+    def _leaves(self) -> list[LRScheduler]:
+        return [each for each in nested(self) if not isinstance(each, _Composed)]
+
     def state_dict(self) -> dict[str, Any]:
         """As :meth:`LRScheduler.state_dict`, with those of the schedulers inside."""
         inner = [scheduler.state_dict() for scheduler in self._schedulers]
         return super().state_dict() | {"_schedulers": inner}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As :meth:`LRScheduler.load_state_dict`, into the schedulers inside as well."""
+    def _load(self, state_dict: dict[str, Any]) -> None:
         for scheduler, saved in zip(self._schedulers, state_dict["_schedulers"], strict=True):
             scheduler.load_state_dict(saved)
-        super().load_state_dict({name: value for name, value in state_dict.items() if name != "_schedulers"})
+        super()._load({name: value for name, value in state_dict.items() if name != "_schedulers"})
 
 
 class SequentialLR(_Composed):
@@ -86,7 +105,7 @@ class SequentialLR(_Composed):
         milestones: Sequence[int],
         last_epoch: int = -1,
     ):
-        self._take(schedulers, optimizer)
+        self._take(schedulers, optimizer, "")
         if len(milestones) != len(schedulers) - 1:
             raise ValueError(
                 "Sequential Schedulers expects number of schedulers provided to be one more than the number of "
@@ -97,16 +116,16 @@ class SequentialLR(_Composed):
             self._milestones = list(milestones)
             self.last_epoch = last_epoch + 1
             # The schedulers have each taken a first step: undo these, and let the first one take it again.
+            self._reset_rates()
             for leaf in self._leaves():
-                for group in optimizer.param_groups:
-                    write(group, leaf.key, group.setdefault(leaf._initial, group[leaf.key]))
                 leaf.last_epoch -= 1
-            first = self._schedulers[bisect_right(self._milestones, 0)]
-            first._initial_step()
-            self._last_lr = first.get_last_lr()
+            with without_warnings():
+                self._first._initial_step()
+            self._last_lr = self._rates()
 
-    def _leaves(self) -> list[LRScheduler]:
-        return [each for each in nested(self) if not isinstance(each, _Composed)]
+    @property
+    def _first(self) -> LRScheduler:
+        return self._schedulers[bisect_right(self._milestones, 0)]
 
     def step(self, metrics: SupportsFloat | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Set the learning rates of the next epoch.
@@ -122,13 +141,12 @@ class SequentialLR(_Composed):
                 scheduler._restart()
             else:
                 self._step_inner(scheduler, metrics)
-            self._last_lr = scheduler.get_last_lr()
+            self._last_lr = self._rates()
 
-    def _restart(self) -> None:
+    def _begin(self) -> None:
         self.last_epoch = 0
-        first = self._schedulers[bisect_right(self._milestones, 0)]
-        first._restart()
-        self._last_lr = first.get_last_lr()
+        self._first._begin()
+        self._last_lr = self._rates()
 
 
 class ChainedScheduler(_Composed):
@@ -158,8 +176,8 @@ class ChainedScheduler(_Composed):
     """
 
     def __init__(self, schedulers: Sequence[LRScheduler], optimizer: Optimizer | None = None):
-        self._take(schedulers, optimizer)
-        self._last_lr: list[Rate] = self._schedulers[-1]._rates()
+        self._take(schedulers, optimizer, " to be chained")
+        self._last_lr: list[Rate] = self._rates()
 
     def step(self, metrics: SupportsFloat | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Set the learning rates of the next epoch.
@@ -170,12 +188,9 @@ class ChainedScheduler(_Composed):
         with unless_it_fails(self):
             for scheduler in self._schedulers:
                 self._step_inner(scheduler, metrics)
-            self._last_lr = self._schedulers[-1]._rates()
+            self._last_lr = self._rates()
 
-    def _initial_step(self) -> None:
-        self.step()
-
-    def _restart(self) -> None:
+    def _begin(self) -> None:
         for scheduler in self._schedulers:
-            scheduler._restart()
-        self._last_lr = self._schedulers[-1]._rates()
+            scheduler._begin()
+        self._last_lr = self._rates()

@@ -160,4 +160,4 @@ class CosineAnnealingWarmRestarts(LRScheduler):
 
     def _restart(self) -> None:
         self._jump(0)
-        self._advance(0)
+        super()._restart()

@@ -1,11 +1,11 @@
 """Schedulers that go up and down, and cycle the momentum the other way."""
 
-import types
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Literal
 
 from optimjax import schedules
-from optimjax.lr_scheduler.base import LRScheduler, Rate, building, extended, per_group, write
+from optimjax.lr_scheduler.base import LRScheduler, Rate, attributes_of, building, extended, per_group, write
 from optimjax.optimizer import Optimizer
 
 __all__ = ["CyclicLR", "OneCycleLR"]
@@ -13,8 +13,10 @@ __all__ = ["CyclicLR", "OneCycleLR"]
 PerGroup = float | list[float]
 
 
-def _has_beta1(optimizer: Optimizer) -> bool:
+def _uses_beta1(optimizer: Optimizer, key: str) -> bool:
     """Whether it is the first of ``betas`` that is cycled, not ``momentum``."""
+    if key == "momentum":
+        raise ValueError("key='momentum' needs cycle_momentum=False: both schedule the momentum")
     if "momentum" not in optimizer.defaults and "betas" not in optimizer.defaults:
         raise ValueError("optimizer must support momentum or beta1 with `cycle_momentum` option enabled")
     return "betas" in optimizer.defaults
@@ -81,6 +83,7 @@ class CyclicLR(LRScheduler):
         key: str = "lr",
     ):
         with building(optimizer):
+            self._schedule(optimizer, key)
             base_lrs = per_group("base_lr", base_lr, optimizer)
             if last_epoch == -1:
                 for group, rate in zip(optimizer.param_groups, base_lrs, strict=True):
@@ -95,7 +98,7 @@ class CyclicLR(LRScheduler):
             self._scale_fn_custom = scale_fn
             self.cycle_momentum = cycle_momentum
             if cycle_momentum:
-                self.use_beta1 = _has_beta1(optimizer)
+                self.use_beta1 = _uses_beta1(optimizer, key)
                 self.base_momentums = per_group("base_momentum", base_momentum, optimizer)
                 self.max_momentums = per_group("max_momentum", max_momentum, optimizer)
                 if last_epoch == -1:
@@ -116,30 +119,34 @@ class CyclicLR(LRScheduler):
         return [self._between(low, high) for low, high in zip(self.base_lrs, self.max_lrs, strict=True)]
 
     def _between(self, value: Rate, peak: Rate) -> Rate:
-        scale, _ = schedules.cyclic_scale(self.mode, self.gamma, self._scale_fn_custom, self.scale_mode)
         return schedules.triangle(
-            value, peak, self.last_epoch, self.total_size, self.step_ratio, scale, self.scale_mode
+            value, peak, self.last_epoch, self.total_size, self.step_ratio, self.scale_fn, self.scale_mode
         )
+
+    def scale_fn(self, x: float) -> float:
+        """How high a cycle is: by its number (from 1), or by that of the batch, as ``scale_mode`` says."""
+        scale, _ = schedules.cyclic_scale(self.mode, self.gamma, self._scale_fn_custom, self.scale_mode)
+        return scale(x)
 
     def _adopt_groups(self) -> None:
         super()._adopt_groups()
         groups = len(self.base_lrs)
-        self.max_lrs = extended("max_lrs", self.max_lrs, groups)
+        self.max_lrs = extended("scheduler.max_lrs", self.max_lrs, groups)
         if self.cycle_momentum:
-            self.max_momentums = extended("max_momentums", self.max_momentums, groups)
-            self.base_momentums = extended("base_momentums", self.base_momentums, groups)
+            self.max_momentums = extended("scheduler.max_momentums", self.max_momentums, groups)
+            self.base_momentums = extended("scheduler.base_momentums", self.base_momentums, groups)
 
     def state_dict(self) -> dict[str, Any]:
-        """As :meth:`LRScheduler.state_dict`; of ``scale_fn`` only a callable object is saved, by its attributes."""
-        function = self._scale_fn_custom
-        saved = None if function is None or isinstance(function, types.FunctionType) else dict(vars(function))
-        return super().state_dict() | {"_scale_fn_custom": saved}
+        """As :meth:`LRScheduler.state_dict`; of ``scale_fn`` only a callable object is saved, by its attributes.
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As :meth:`LRScheduler.load_state_dict`; saved attributes go into the present ``scale_fn``."""
-        super().load_state_dict({name: value for name, value in state_dict.items() if name != "_scale_fn_custom"})
-        if state_dict.get("_scale_fn_custom"):
-            vars(self._scale_fn_custom).update(state_dict["_scale_fn_custom"])
+        Loading puts these into the present object.
+        """
+        return super().state_dict() | {"_scale_fn_custom": attributes_of(self._scale_fn_custom)}
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        super()._load({name: value for name, value in state_dict.items() if name != "_scale_fn_custom"})
+        if attributes := state_dict["_scale_fn_custom"]:
+            vars(self._scale_fn_custom).update(attributes)
 
 
 class OneCycleLR(LRScheduler):
@@ -197,20 +204,17 @@ class OneCycleLR(LRScheduler):
         key: str = "lr",
     ):
         with building(optimizer):
+            self._schedule(optimizer, key)
             self.total_steps = schedules.one_cycle_steps(total_steps, epochs, steps_per_epoch)
             schedules.annealing(anneal_strategy)  # judges the argument
-            # Named as in PyTorch's state dict: each phase says which entries of a group it goes between.
+            # As in PyTorch's state dict: each phase names the entries of a group that it goes between.
             initial, maximum, minimum = f"initial_{key}", f"max_{key}", f"min_{key}"
-            down = [(maximum, initial, "base_momentum", "max_momentum")] if three_phase else []
-            last = (initial if three_phase else maximum, minimum)
-            last += ("max_momentum",) * 2 if three_phase else ("base_momentum", "max_momentum")
+            rates = [initial, maximum, *([initial] if three_phase else []), minimum]
+            momenta = ["max_momentum", "base_momentum", "max_momentum", *(["max_momentum"] if three_phase else [])]
             ends = schedules.one_cycle_ends(self.total_steps, pct_start, three_phase)
-            names = ("start_lr", "end_lr", "start_momentum", "end_momentum")
-            self._schedule_phases = [
-                {"end_step": end, **dict(zip(names, phase, strict=True))}
-                for end, phase in zip(
-                    ends, [(initial, maximum, "max_momentum", "base_momentum"), *down, last], strict=True
-                )
+            self._schedule_phases: list[dict[str, Any]] = [
+                {"end_step": end, "start_lr": a, "end_lr": b, "start_momentum": c, "end_momentum": d}
+                for end, (a, b), (c, d) in zip(ends, pairwise(rates), pairwise(momenta), strict=True)
             ]
             self._anneal_func_type = anneal_strategy
             max_lrs = per_group("max_lr", max_lr, optimizer)
@@ -221,7 +225,7 @@ class OneCycleLR(LRScheduler):
                     group[minimum] = group[initial] / final_div_factor
             self.cycle_momentum = cycle_momentum
             if cycle_momentum:
-                self.use_beta1 = _has_beta1(optimizer)
+                self.use_beta1 = _uses_beta1(optimizer, key)
                 bases = per_group("base_momentum", base_momentum, optimizer)
                 maxima = per_group("max_momentum", max_momentum, optimizer)
                 if last_epoch == -1:
@@ -236,26 +240,25 @@ class OneCycleLR(LRScheduler):
         count = self.last_epoch
         if count > self.total_steps:
             raise ValueError(f"Tried to step {count} times. The specified number of total steps is {self.total_steps}")
-        start, phase = 0.0, self._schedule_phases[0]
-        for phase in self._schedule_phases:
-            if count <= phase["end_step"] or phase is self._schedule_phases[-1]:
-                break
-            start = phase["end_step"]
-        share = (count - start) / (phase["end_step"] - start)
-        anneal = schedules.annealing(self._anneal_func_type)
         groups = self.optimizer.param_groups
         if self.cycle_momentum:
             for group in groups:
-                ends = group[phase["start_momentum"]], group[phase["end_momentum"]]
-                _write_momentum(group, anneal(*ends, share))
-        return [anneal(group[phase["start_lr"]], group[phase["end_lr"]], share) for group in groups]
+                _write_momentum(group, self._at(count, group, "momentum"))
+        return [self._at(count, group, "lr") for group in groups]
+
+    def _at(self, count: int, group: dict[str, Any], of: str) -> Rate:
+        phases = self._schedule_phases
+        ends = [phase["end_step"] for phase in phases]
+        values = [group[phase[f"start_{of}"]] for phase in phases] + [group[phases[-1][f"end_{of}"]]]
+        return schedules.phases(count, ends, values, schedules.annealing(self._anneal_func_type))
 
     def _adopt_groups(self) -> None:
         groups = self.optimizer.param_groups
         names = {phase[name] for phase in self._schedule_phases for name in ("start_lr", "end_lr")}
         names |= {"max_momentum", "base_momentum"} if self.cycle_momentum else set()
         for name in sorted(names):
-            known = [group[name] for group in groups if name in group]
-            for group, value in zip(groups, extended(name, known, len(groups)), strict=True):
-                group.setdefault(name, value)
+            if known := [group[name] for group in groups if name in group]:
+                values = extended(f"{name} of param_groups", known, len(groups))
+                for group, value in zip(groups, values, strict=True):
+                    group.setdefault(name, value)
         super()._adopt_groups()

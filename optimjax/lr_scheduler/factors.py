@@ -1,12 +1,12 @@
 """Schedulers that multiply the learning rate by a factor."""
 
-import types
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from optimjax import schedules
-from optimjax.lr_scheduler.base import LRScheduler, Rate, building, extended
+from optimjax.lr_scheduler.base import LRScheduler, Rate, attributes_of, building, extended
 from optimjax.optimizer import Optimizer
 
 __all__ = [
@@ -65,16 +65,16 @@ class LambdaLR(LRScheduler):
             super().__init__(optimizer, last_epoch, key=key)
 
     def state_dict(self) -> dict[str, Any]:
-        """As :meth:`LRScheduler.state_dict`; of the functions only callable objects are saved, by their attributes."""
-        functions = self.lr_lambdas
-        saved = [None if isinstance(f, types.FunctionType) else dict(getattr(f, "__dict__", {})) for f in functions]
-        return super().state_dict() | {"lr_lambdas": saved}
+        """As :meth:`LRScheduler.state_dict`; of the functions only callable objects are saved, by their attributes.
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As :meth:`LRScheduler.load_state_dict`; saved attributes go into the present callable objects."""
+        Loading puts these into the present objects.
+        """
+        return super().state_dict() | {"lr_lambdas": [attributes_of(function) for function in self.lr_lambdas]}
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         saved = state_dict["lr_lambdas"]
         self._extend(len(saved))
-        super().load_state_dict({name: value for name, value in state_dict.items() if name != "lr_lambdas"})
+        super()._load({name: value for name, value in state_dict.items() if name != "lr_lambdas"})
         for function, attributes in zip(self.lr_lambdas, saved, strict=True):
             if attributes:
                 vars(function).update(attributes)
@@ -90,7 +90,7 @@ class LambdaLR(LRScheduler):
 
     def _extend(self, groups: int) -> None:
         """A group that was added later follows the function, if there is one for all groups."""
-        self.lr_lambdas = extended("lr_lambdas", self.lr_lambdas, groups)
+        self.lr_lambdas = extended("scheduler.lr_lambdas", self.lr_lambdas, groups)
 
 
 class MultiplicativeLR(LambdaLR):
@@ -195,10 +195,10 @@ class MultiStepLR(LRScheduler):
         self.gamma = gamma
         super().__init__(optimizer, last_epoch, key=key)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As :meth:`LRScheduler.load_state_dict`; JSON has turned the milestones into strings."""
-        milestones = Counter({int(epoch): count for epoch, count in state_dict["milestones"].items()})
-        super().load_state_dict(state_dict | {"milestones": milestones})
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        saved = state_dict["milestones"].items()
+        milestones = {json.loads(epoch) if isinstance(epoch, str) else epoch: count for epoch, count in saved}
+        super()._load(state_dict | {"milestones": Counter(milestones)})
 
     def get_lr(self) -> list[Rate]:
         """The present rates, cut at a milestone."""

@@ -1,11 +1,11 @@
 """The scheduler that looks at a metric."""
 
-import math
 from typing import Literal, SupportsFloat
 
 from optimjax import schedules
-from optimjax.lr_scheduler.base import LRScheduler, building, extended, unless_it_fails, warn_of_epoch, write
+from optimjax.lr_scheduler.base import LRScheduler, building, unless_it_fails, warn_of_epoch, write
 from optimjax.optimizer import Optimizer
+from optimjax.step import concrete
 
 __all__ = ["ReduceLROnPlateau"]
 
@@ -76,7 +76,7 @@ class ReduceLROnPlateau(LRScheduler):
         self.cooldown = cooldown
         self.eps = eps
         self.last_epoch = 0
-        self.mode_worse = math.inf if mode == "min" else -math.inf
+        self.mode_worse = schedules.worst(mode)
         self._last_lr = self._rates()
         self._reset()
 
@@ -96,43 +96,44 @@ class ReduceLROnPlateau(LRScheduler):
         Args:
           metrics: a number.
           epoch: its index. Deprecated, as in PyTorch.
+
+        Raises:
+          TypeError: no metric; a sequence or a chain hands on its own.
+          RuntimeError: a group was added, and ``min_lr`` was a list.
         """
+        if metrics is None:
+            raise TypeError("ReduceLROnPlateau needs the metric of the epoch: scheduler.step(loss)")
         if epoch is not None:
             warn_of_epoch()
-        current = float(metrics)
         with unless_it_fails(self):
             self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
-            if schedules.improvement(self.mode, self.threshold, self.threshold_mode)(current, self.best):
-                self.best = current
-                self.num_bad_epochs = 0
-            else:
-                self.num_bad_epochs += 1
-            if self.in_cooldown:
-                self.cooldown_counter -= 1
-                self.num_bad_epochs = 0
-            if self.num_bad_epochs > self.patience:
+            better = schedules.improvement(self.mode, self.threshold, self.threshold_mode)
+            counted = self.best, self.num_bad_epochs, self.cooldown_counter
+            cut, *counted = schedules.watch(float(metrics), *counted, better, self.patience, self.cooldown)
+            self.best, self.num_bad_epochs, self.cooldown_counter = counted
+            if cut:
                 self._cut()
-                self.cooldown_counter = self.cooldown
-                self.num_bad_epochs = 0
             self._last_lr = self._rates()
 
     def _cut(self) -> None:
         groups = self.optimizer.param_groups
-        self.min_lrs = extended("min_lrs", self.min_lrs, len(groups))
+        if len(groups) != len(self.min_lrs):
+            if self.default_min_lr is None:
+                raise RuntimeError(
+                    f"The number of param groups in the `optimizer` ({len(groups)}) differs from when "
+                    f"`ReduceLROnPlateau` was initialized ({len(self.min_lrs)}), usually due to a new param group "
+                    "being added to the optimizer. Please modify the `min_lrs` field to match the length of the "
+                    "`optimizer` param groups."
+                )
+            self.min_lrs = [self.default_min_lr] * len(groups)
         for group, lowest in zip(groups, self.min_lrs, strict=True):
-            old = float(group[self.key])
-            new = max(old * self.factor, lowest)
-            if old - new > self.eps:
-                write(group, self.key, new)
+            write(group, self.key, schedules.reduced(concrete(group[self.key]), self.factor, lowest, self.eps))
 
     def _initial_step(self) -> None:
-        """In a sequence it has its turn first: nothing to set."""
-        self.last_epoch = 0
-
-    def _restart(self) -> None:
-        """In a sequence it is its turn: from the base rate, with nothing counted."""
-        for group in self.optimizer.param_groups:
-            write(group, self.key, group[self._initial])
         self.last_epoch = 0
         self._last_lr = self._rates()
         self._reset()
+
+    def _restart(self) -> None:
+        self._reset_rates()
+        self._begin()

@@ -1,12 +1,12 @@
 """The rates that a scheduler will give, without taking its steps."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, SupportsFloat
 
 import numpy as np
 
-from optimjax.lr_scheduler.base import LRScheduler, Snapshot
+from optimjax.lr_scheduler.base import LRScheduler, Snapshot, without_warnings
+from optimjax.step import concrete
 
 __all__ = ["preview"]
 
@@ -17,13 +17,14 @@ def preview(scheduler: LRScheduler, steps: int, metrics: Sequence[SupportsFloat]
     Args:
       scheduler: of any kind. Functions that it calls are called.
       steps: number of rows, at least 0.
-      metrics: what a ``ReduceLROnPlateau`` shall see, one for each step between two rows.
+      metrics: what a ``ReduceLROnPlateau`` shall see, one for each step between two rows; others look at none.
 
     Returns:
       float64 ``[steps, groups]``.
 
     Raises:
-      TypeError: the scheduler takes a metric and there is none.
+      TypeError: a ``ReduceLROnPlateau`` has no metric.
+      ValueError: there are fewer metrics than steps between rows, or more steps than a ``OneCycleLR`` has.
 
     >>> import jax.numpy as jnp, optimjax as optim
     >>> optimizer = optim.SGD([jnp.ones(2)], lr=1.0)
@@ -35,16 +36,16 @@ def preview(scheduler: LRScheduler, steps: int, metrics: Sequence[SupportsFloat]
     """
     groups = scheduler.optimizer.param_groups
     rates = np.empty((steps, len(groups)))
+    if metrics is not None and len(metrics) < steps - 1:
+        raise ValueError(f"expected a metric for each of {steps - 1} steps, got {len(metrics)}")
     before = Snapshot(scheduler)
-    metric = iter(metrics) if metrics is not None else None
     each: Any = scheduler
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about optimizer.step(), which is not called here
+        with without_warnings():
             for row in range(steps):
-                rates[row] = [float(rate) for rate in scheduler._rates()]
+                rates[row] = [concrete(rate) for rate in scheduler._rates()]
                 if row + 1 < steps:
-                    each.step(*([next(metric)] if metric is not None else []))
+                    each.step(*([None if metrics is None else metrics[row]] if scheduler.takes_metric else []))
     finally:
         before.restore()
     return rates
