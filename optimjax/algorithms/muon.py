@@ -20,28 +20,27 @@ https://kellerjordan.github.io/posts/muon; the second :math:`r`: Liu and others,
 
 Differs from PyTorch:
 
-1. ``ns_dtype`` and ``matrix_axes`` are additions. Left at their defaults they change nothing.
-2. Complex parameters, ``ns_steps`` of 100 or more and a number of ``ns_coefficients`` other than three are refused when
-   the optimizer is made, not in its first step. A negative ``eps`` or ``ns_steps`` is refused, too.
+1. ``ns_dtype`` and ``matrix_axes`` are additions. At their defaults they change nothing.
+2. Complex parameters, ``ns_steps`` above 99 and a number of ``ns_coefficients`` other than three are refused when the
+   optimizer is made, not in its first step. A negative ``eps`` or ``ns_steps`` is refused, too.
 3. A matrix without columns is left alone; in PyTorch it divides by zero.
-4. In half precision the momentum is computed in float32, and not each rounding to bfloat16 within the
-   orthogonalisation is PyTorch's.
+4. In half precision the momentum is computed in float32.
 
 Differs from optax:
 
-1. The rate is scaled by ``shape[0] / shape[1]``, the convention for weights of shape (out, in); ``optax.contrib.muon``
-   takes the inverse, for (in, out). ``matrix_axes`` chooses.
+1. The rate is scaled by ``shape[0] / shape[1]``, for weights of shape (out, in); ``optax.contrib.muon`` scales by the
+   inverse, for (in, out). Here ``matrix_axes`` chooses.
 2. Biases and other vectors are refused; optax gives them to AdamW.
-3. Weight decay defaults to 0.1, not 0; epsilon is a lower bound of the norm, and is not added to it; the momentum has
-   no bias correction.
+3. Weight decay defaults to 0.1, not 0; epsilon is a lower bound of the norm, not added to it; the momentum has no bias
+   correction.
+4. The iteration runs in bfloat16, in optax in the precision of the gradient.
 """
 
-from __future__ import annotations  # signatures then show `LearningRate`, not what it stands for
+from __future__ import annotations  # signatures then show `Rate`, not what it stands for
 
 import functools
 import math
-import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
@@ -51,12 +50,17 @@ from jax import Array
 
 from optimjax.lift import factory
 from optimjax.optimizer import Optimizer
-from optimjax.rule import Epsilon, Flag, Numeric, Rule, Structural, sqrt
+from optimjax.rule import Epsilon, Flag, LearningRate, NonNegative, Number, Numeric, Rule, Structural, sqrt
 
 __all__ = ["Muon", "muon"]
 
 ELEMENTS = 2**20  # of the matrices that are orthogonalised together
 PRECISIONS = ("bfloat16", "float32", "float64")  # not float16, in which small gradients vanish
+
+
+def _at_least_zero(what: str) -> Numeric:
+    """PyTorch's message has a form of its own in this algorithm."""
+    return Numeric(minimum=0, message=f"{what} should be >= 0 but is: {{value}}")
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,13 @@ class _Three(Numeric):
         super().check(name, value)
 
 
-def _at_least_zero(label: str) -> Numeric:
-    return Numeric(minimum=0, message=f"{label} should be >= 0 but is: {{value}}")
+Rate = Annotated[LearningRate, _at_least_zero("Learning rate")]
+Shrinkage = Annotated[NonNegative, _at_least_zero("weight decay")]
+Momentum = Annotated[NonNegative, _at_least_zero("momentum")]
+Coefficients = Annotated[tuple[Number, Number, Number] | Mapping[Any, Any], _Three()]
+Steps = Annotated[int, Structural()]
+Choice = Annotated[str | None, Structural()]
+Axes = Annotated[tuple[tuple[int, ...], tuple[int, ...]] | None, Structural()]
 
 
 class Slots(NamedTuple):
@@ -99,15 +108,17 @@ def check(hyper: Any, flags: Any) -> None:
     """PyTorch's conditions, and that the additions have a meaning."""
     if flags.adjust_lr_fn not in (None, "original", "match_rms_adamw"):
         raise ValueError(f"Adjust learning rate function {flags.adjust_lr_fn} is not supported")
-    if operator.index(flags.ns_steps) >= 100:
+    if not isinstance(flags.ns_steps, int):
+        raise TypeError(f"ns_steps must be an integer, got {flags.ns_steps!r}")
+    if flags.ns_steps >= 100:
         raise ValueError(f"Number of steps must be less than 100 for computational efficiency, got {flags.ns_steps}")
     if flags.ns_steps < 0:
         raise ValueError(f"Number of steps must be at least 0, got {flags.ns_steps}")
     if flags.ns_dtype not in (None, *PRECISIONS):
         raise ValueError(f"ns_dtype must be None or one of {', '.join(map(repr, PRECISIONS))}, got {flags.ns_dtype!r}")
     axes = flags.matrix_axes
-    is_pair = isinstance(axes, tuple) and len(axes) == 2 and all(isinstance(part, tuple) for part in axes)
-    if axes is not None and not (is_pair and all(isinstance(axis, int) for part in axes for axis in part)):
+    pair = isinstance(axes, tuple) and len(axes) == 2 and all(isinstance(part, tuple) for part in axes)
+    if axes is not None and not (pair and all(isinstance(axis, int) for part in axes for axis in part)):
         raise ValueError(f"matrix_axes must be None or a pair of tuples of axes, (rows, columns), got {axes!r}")
 
 
@@ -118,7 +129,7 @@ def check_param(param: Array, flags: Any) -> None:
     if flags.matrix_axes is None and param.ndim != 2:
         raise ValueError(
             f"Muon only supports 2D parameters whereas we found a parameter with size: {param.shape}; "
-            "matrix_axes tells which axes are rows and which are columns"
+            "for more axes set matrix_axes, for fewer use another optimizer"
         )
     Layout(param.shape, flags.matrix_axes)
 
@@ -181,6 +192,15 @@ def orthogonalize(matrix: Array, scalars: Scalars, steps: int) -> Array:
     return x.mT if tall else x
 
 
+def together(matrices: list[Array], scalars: list[Scalars], steps: int) -> Iterator[Array]:
+    """Each orthogonalised, by products of as many as fill the device; larger ones are no faster, and need memory."""
+    count = max(1, ELEMENTS // matrices[0].size)
+    for start in range(0, len(matrices), count):
+        part = slice(start, start + count)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(matrices[part], scalars[part], strict=True))
+        yield from jax.vmap(functools.partial(orthogonalize, steps=steps))(*stacked)
+
+
 def init(param: Array, hyper: Any, flags: Any) -> Slots:
     """Zeros."""
     return Slots(momentum_buffer=jnp.zeros_like(param))
@@ -222,15 +242,6 @@ def update(
         for param, direction, scalar in zip(params, together(matrices, scalars, flags.ns_steps), scalars, strict=True)
     ]
     return new_params, new_slots
-
-
-def together(matrices: list[Array], scalars: list[Scalars], steps: int) -> Iterator[Array]:
-    """Each orthogonalised, by products of as many as fill the device; larger ones are no faster, and need memory."""
-    count = max(1, ELEMENTS // matrices[0].size)
-    for start in range(0, len(matrices), count):
-        part = slice(start, start + count)
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(matrices[part], scalars[part], strict=True))
-        yield from jax.vmap(functools.partial(orthogonalize, steps=steps))(*stacked)
 
 
 class Muon(Optimizer):
@@ -279,17 +290,21 @@ class Muon(Optimizer):
       RuntimeError: a parameter is complex.
 
     >>> import jax.numpy as jnp, optimjax as optim
-    >>> kernel = jnp.zeros((2, 4))  # in, out
-    >>> optimizer = optim.Muon({"kernel": kernel}, lr=0.1, ns_dtype=None, matrix_axes=((1,), (0,)))
+    >>> params = {"kernel": jnp.zeros((2, 4))}  # of two inputs and four outputs
+    >>> optimizer = optim.Muon(params, lr=0.1, matrix_axes=((-1,), (-2,)))
     >>> optimizer.step({"kernel": jnp.array([[3.0, 0, 0, 0], [0, -0.1, 0, 0]])})
-    >>> print(optimizer.params["kernel"].round(2))  # singular values near 1, times lr * sqrt(4 / 2)
+    >>> print(jnp.round(100 * optimizer.params["kernel"]))  # near lr * sqrt(4 / 2), which is 0.14
+    [[-10.   0.   0.   0.]
+     [  0.  16.   0.   0.]]
 
     As a pure function, :func:`optimjax.functional.muon`:
 
-    >>> muon = optim.functional.muon(lr=0.1, weight_decay=0)
+    >>> muon = optim.functional.muon(lr=0.1)
     >>> params = jnp.zeros((2, 2))
     >>> params, state = muon.update(params, jnp.array([[2.0, 0], [0, 1]]), muon.init(params))
-    >>> print(params.round(1), state.momentum_buffer.round(2))
+    >>> print(jnp.round(100 * params), state.step)
+    [[ -7.   0.]
+     [  0. -11.]] 1
     """
 
     rule = Rule(Slots, init, scalars, update, check, check_param, counts_steps=False, batched=True)
@@ -297,17 +312,17 @@ class Muon(Optimizer):
     def __init__(
         self,
         params: Any,
-        lr: Annotated[Any, _at_least_zero("Learning rate")] = 1e-3,
-        weight_decay: Annotated[Any, _at_least_zero("weight decay")] = 0.1,
-        momentum: Annotated[Any, _at_least_zero("momentum")] = 0.95,
+        lr: Rate = 1e-3,
+        weight_decay: Shrinkage = 0.1,
+        momentum: Momentum = 0.95,
         nesterov: Flag = True,
-        ns_coefficients: Annotated[Any, _Three()] = (3.4445, -4.7750, 2.0315),
+        ns_coefficients: Coefficients = (3.4445, -4.7750, 2.0315),
         eps: Epsilon = 1e-7,
-        ns_steps: Annotated[int, Structural()] = 5,
-        adjust_lr_fn: Annotated[str | None, Structural()] = None,
+        ns_steps: Steps = 5,
+        adjust_lr_fn: Choice = None,
         *,
-        ns_dtype: Annotated[str | None, Structural()] = "bfloat16",
-        matrix_axes: Annotated[tuple[tuple[int, ...], tuple[int, ...]] | None, Structural()] = None,
+        ns_dtype: Choice = "bfloat16",
+        matrix_axes: Axes = None,
     ):
         defaults = dict(
             lr=lr,
