@@ -47,9 +47,9 @@ class Entries:
         self._strides = np.array([math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))], int)
         self._sizes = np.array(sizes, int)
         nse = grad.nse if count else 0  # all is padding where there is nothing, which JAX cannot gather from
-        data, given = grad.data[:nse], grad.indices[:nse]
-        indices = given.astype(int)  # for `count` may be too large for their own type
-        indices = jnp.where(given < 0, indices + self._sizes, indices)  # from the end, as in indexing
+        data, indices = grad.data[:nse], grad.indices[:nse]
+        # Negative ones count from the end, as in indexing. The sum's type is wide enough for all that follows.
+        indices = jnp.where(indices < 0, indices + self._sizes, indices)
         inside = jnp.all((indices >= 0) & (indices < self._sizes), axis=-1)
         flat = jnp.where(inside, jnp.sum(indices * self._strides, axis=-1), count)
         distinct, position = jnp.unique(flat, return_inverse=True, size=nse, fill_value=count)
