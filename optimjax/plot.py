@@ -32,7 +32,7 @@ def learning_rate(
     Raises:
       ImportError: matplotlib is not installed.
       TypeError: neither a scheduler nor a function.
-      ValueError: no steps.
+      ValueError: no steps, or nothing to draw.
 
     >>> import jax.numpy as jnp, optimjax as optim
     >>> from matplotlib.figure import Figure
@@ -46,6 +46,8 @@ def learning_rate(
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     named = _named(scheduler)
+    if not named:
+        raise ValueError(f"there is nothing to draw, got {scheduler!r}")
     lines = {label: rates for name, each in named.items() for label, rates in _lines(name, each, steps, metrics)}
     ax = _present_axes() if ax is None else ax
     for label, rates in lines.items():
@@ -53,7 +55,9 @@ def learning_rate(
     keys = {getattr(each, "key", "lr") for each in named.values()}
     ax.set(xlabel="step", ylabel=" and ".join(sorted(keys)).replace("lr", "learning rate").replace("_", " "))
     drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in ax.get_lines()])
-    if drawn.min() > 0 and drawn.max() > 100 * drawn.min():
+    if drawn.min() <= 0:
+        ax.set_yscale("linear")
+    elif drawn.max() > 100 * drawn.min():
         ax.set_yscale("log")
     if any(lines):  # a single one without a name needs no legend
         ax.legend()
