@@ -361,9 +361,9 @@ def apply_each(
         return [apply(rule, *one) for one in zip(flags, params, grads, slots, scalars, strict=True)]
     alike: defaultdict[Any, list[int]] = defaultdict(list)
     for index, param in enumerate(params):
-        alike[param.shape, param.dtype, flags[index]].append(index)
+        alike[jax.typeof(param), flags[index]].append(index)  # shape, dtype, and sharding where that is explicit
     results: list[Any] = [None] * len(params)
-    for (_, _, shared), members in alike.items():
+    for (_, shared), members in alike.items():
         columns = [[column[index] for index in members] for column in (params, grads, slots, scalars)]
         for index, *updated in zip(members, *apply(rule, shared, *columns), strict=True):
             results[index] = tuple(updated)

@@ -253,6 +253,23 @@ def test_temporary_memory_is_that_of_the_products(ns_dtype: str, share: float, c
     assert memory.temp_size_in_bytes <= share * count * size**2 * 4
 
 
+@pytest.mark.parametrize("axes", [None, ((1, 2), (0,))], ids=str)
+def test_matrices_on_a_mesh_with_explicit_axes(axes: Any) -> None:
+    """Their products contract a sharded axis, and those of one shape may be sharded in different ways."""
+    mesh = jax.make_mesh((1, 1), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    specs = [jax.P("a", "b"), jax.P("b", None), jax.P(None, "a"), jax.P("a", "b")]
+    arrays = [normal(4, *([2, 3] if axes else [6]), seed=seed, dtype=np.float32) for seed in range(4)]
+    sharded = [jax.device_put(a, jax.NamedSharding(mesh, s)) for a, s in zip(arrays, specs, strict=True)]
+    expected = one_step(arrays, arrays, matrix_axes=axes)
+    for update in (one_step, jax.jit(one_step, static_argnames="matrix_axes")):
+        ours = update(sharded, sharded, matrix_axes=axes)
+        chex.assert_trees_all_close(ours, expected, atol=1e-5)
+        assert [jax.typeof(a) for a in ours] == [jax.typeof(a) for a in sharded]
+    optimizer = optim.Muon(sharded, matrix_axes=axes, ns_dtype=None, lr=1.0, weight_decay=0)
+    optimizer.step(sharded)
+    chex.assert_trees_all_close(optimizer.params, expected, atol=1e-5)
+
+
 # --- Rows and columns -----------------------------------------------------------------------------------------------
 
 # A kernel as Flax keeps it, the axes, and the same as a list of matrices (out, in), as PyTorch keeps weights.

@@ -192,13 +192,24 @@ def orthogonalize(matrix: Array, scalars: Scalars, steps: int) -> Array:
     return x.mT if tall else x
 
 
-def together(matrices: list[Array], scalars: list[Scalars], steps: int) -> Iterator[Array]:
-    """Each orthogonalised, by products of as many as fill the device; larger ones are no faster, and need memory."""
-    count = max(1, ELEMENTS // matrices[0].size)
-    for start in range(0, len(matrices), count):
+def together(arrays: list[Array], scalars: list[Scalars], layout: Layout, steps: int) -> Iterator[Array]:
+    """The matrices in each array orthogonalised, by products of as many as fill the device.
+
+    More of them are no faster, and the products are temporary memory.
+    """
+
+    def one(array: Array, scalar: Scalars) -> Array:
+        return layout.array(orthogonalize(layout.matrices(array), scalar, steps))
+
+    count = max(1, ELEMENTS // arrays[0].size)
+    for start in range(0, len(arrays), count):
         part = slice(start, start + count)
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(matrices[part], scalars[part], strict=True))
-        yield from jax.vmap(functools.partial(orthogonalize, steps=steps))(*stacked)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(arrays[part], scalars[part], strict=True))
+        each: Any = jax.vmap(one)
+        sharding = jax.typeof(stacked[0]).sharding
+        if not sharding.mesh.empty:  # its axes may be explicit: the compiler shards the products all the same
+            each = jax.sharding.auto_axes(each, out_sharding=sharding)
+        yield from each(*stacked)
 
 
 def init(param: Array, hyper: Any, flags: Any) -> Slots:
@@ -226,20 +237,21 @@ def update(
         return params, slots
     layout = Layout(params[0].shape, flags.matrix_axes)
     dtype = flags.ns_dtype or params[0].dtype  # the one place that decides the precision of the orthogonalisation
-    new_slots, matrices = [], []
+    new_slots, targets = [], []
     for grad, slot, scalar in zip(grads, slots, scalars, strict=True):
         buffer = target = scalar.momentum * slot.momentum_buffer + scalar.one_minus_momentum * grad
         if flags.nesterov:
             target = scalar.momentum * buffer + scalar.one_minus_momentum * grad
         new_slots.append(Slots(buffer))
-        matrices.append(layout.matrices(target).astype(dtype))
+        targets.append(target.astype(dtype))
     if flags.adjust_lr_fn == "match_rms_adamw":
         ratio = 0.2 * math.sqrt(max(layout.rows, layout.columns))
     else:
         ratio = math.sqrt(max(1, layout.rows / layout.columns))
+    directions = together(targets, scalars, layout, flags.ns_steps)
     new_params = [
-        scalar.shrink * param - scalar.lr * ratio * layout.array(direction).astype(param.dtype)
-        for param, direction, scalar in zip(params, together(matrices, scalars, flags.ns_steps), scalars, strict=True)
+        scalar.shrink * param - scalar.lr * ratio * direction.astype(param.dtype)
+        for param, direction, scalar in zip(params, directions, scalars, strict=True)
     ]
     return new_params, new_slots
 
