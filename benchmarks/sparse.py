@@ -1,15 +1,15 @@
 """Time a step that touches 256 rows of an embedding table: SparseAdam beside dense Adam and PyTorch's SparseAdam.
 
-`python benchmarks/sparse.py` prints, for tables of 10^4, 10^5 and 10^6 rows of 32 floats, medians over interleaved
-steps in milliseconds, and of the functional updates the temporary memory in kB. Where a step's cost grows with the
-rows that it touches and not with the table, the figures of a line are alike.
+`python benchmarks/sparse.py` prints, for tables of 10^4, 10^5 and 10^6 rows of 32 floats, the median and the least time
+of steps in random order, and of the functional updates the temporary memory. Where the cost grows with the rows that a
+step touches and not with the table, the three tables give the same figures.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,29 +62,34 @@ def pytorch(rows: int, ids: Any, values: Any) -> Run:
     return torch.optim.SparseAdam([table]).step
 
 
-def measure(rows: int, rounds: int) -> dict[str, tuple[float, float | None]]:
-    """For each contender milliseconds, and kilobytes of temporary memory where it is known."""
+class Row(NamedTuple):
+    """The figures of a contender: milliseconds, and temporary memory where it is known."""
+
+    median: float
+    least: float
+    temporary: int | None
+
+
+def measure(rows: int, rounds: int) -> dict[str, Row]:
     rng = np.random.default_rng(0)
     ids, values = rng.integers(0, rows, TOUCHED), rng.normal(size=(TOUCHED, WIDTH)).astype(np.float32)
     grad = BCOO((jnp.asarray(values), jnp.asarray(ids[:, None])), shape=(rows, WIDTH))
-    ours, temporary = functional(F.sparse_adam(), rows, grad)
-    dense, dense_temporary = functional(F.adam(), rows, grad.todense())
-    runs = {
-        "SparseAdam, functional, donated": (ours, temporary / 1e3),
+    runs: dict[str, tuple[Run, int | None]] = {
+        "SparseAdam, functional, donated": functional(F.sparse_adam(), rows, grad),
         "SparseAdam, class, donate = True": (facade(rows, grad, donate=True), None),
         "SparseAdam, class": (facade(rows, grad, donate=False), None),
-        "Adam, dense, functional, donated": (dense, dense_temporary / 1e3),
+        "Adam, functional, donated": functional(F.adam(), rows, grad.todense()),
     }
     if torch is not None:
         runs["torch SparseAdam"] = pytorch(rows, torch.tensor(ids), torch.tensor(values)), None
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 3):
-        for name, (run, _) in runs.items():
+        for name in rng.permutation(list(runs)):  # for what ran before has filled the caches
             start = time.perf_counter()
-            jax.block_until_ready(run())
+            jax.block_until_ready(runs[name][0]())
             if turn >= 3:
-                times[name].append(time.perf_counter() - start)
-    return {name: (1e3 * statistics.median(times[name]), size) for name, (_, size) in runs.items()}
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: Row(statistics.median(times[name]), min(times[name]), runs[name][1]) for name in runs}
 
 
 def main() -> None:
@@ -93,14 +98,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=101)
     options = parser.parse_args()
     print(f"jax {jax.__version__} on {jax.devices()[0]}", f"torch {torch.__version__}" if torch is not None else "")
-    tables = [measure(rows, options.rounds) for rows in options.rows]
-    print(f"{'step ms (temporary kB)':34}" + "".join(f"{rows:>10} rows  " for rows in options.rows))
-    for name in tables[0]:
-        cells = [
-            f"{ms:10.3f}" + (f"{f'({kb:.0f})':>7}" if kb is not None else " " * 7)
-            for ms, kb in (table[name] for table in tables)
-        ]
-        print(f"{name:34}" + "".join(cells))
+    for rows in options.rows:
+        print(f"\n{rows} rows, {rows * WIDTH * 4 / 1e6:.1f} MB{'median ms':>27}{'least':>10}{'temp kB':>10}")
+        for name, row in measure(rows, options.rounds).items():
+            temporary = "" if row.temporary is None else f"{row.temporary / 1e3:10.0f}"
+            print(f"{name:36}{row.median:10.3f}{row.least:10.3f}{temporary}", flush=True)
 
 
 if __name__ == "__main__":
