@@ -34,11 +34,13 @@ class Descent:
 
     Attributes:
       first, last: learning rate of the first and of the last step; it decays exponentially in between.
+      steps: how many.
       options: the other options.
     """
 
     first: float = 0.05
     last: float = 1e-6
+    steps: int = 50_000
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -74,6 +76,7 @@ class Case:
       beyond: options that PyTorch lacks.
       difference: half that of two learning rates, for a derivative; where state is float32, it must be larger.
       descent: the way to an optimum.
+      takes_loss: whether it takes a loss function in place of gradients.
     """
 
     optimizer: type[optim.Optimizer]
@@ -102,6 +105,7 @@ class Case:
     beyond: tuple[str, ...] = ()
     difference: float = 1e-6
     descent: Descent = field(default_factory=Descent)
+    takes_loss: bool = False
 
     def combinations(self) -> Iterator[dict[str, Any]]:
         """The full product of the grid, less what PyTorch refuses."""
@@ -209,7 +213,7 @@ SGD = Case(
     other={"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1, "nesterov": True, "maximize": True},
     needs={"dampening": {"momentum": 0.9}, "nesterov": {"momentum": 0.9}},
     ignored={"foreach": True, "differentiable": True, "fused": True},
-    descent=Descent(1e-3, 1e-3, {"momentum": 0.9}),
+    descent=Descent(1e-3, 1e-3, options={"momentum": 0.9}),
 )
 
 ADAM = Case(
@@ -435,7 +439,7 @@ RPROP = Case(
     towards={"etas": 1},
     temporary=2.01,  # XLA copies both slots, for it computes each output anew from what was given
     ignored={"capturable": True, "foreach": True, "differentiable": True},
-    descent=Descent(0.01, 0.01, {"step_sizes": (1e-12, 1)}),
+    descent=Descent(0.01, 0.01, options={"step_sizes": (1e-12, 1)}),
 )
 
 ASGD = Case(
@@ -458,7 +462,7 @@ ASGD = Case(
     scalar_slots=("eta", "mu"),
     seen_in={"t0": "ax"},
     difference=1e-4,
-    descent=Descent(1e-3, 1e-3, {"lambd": 0}),
+    descent=Descent(1e-3, 1e-3, options={"lambd": 0}),
 )
 
 ADAFACTOR = Case(
@@ -560,7 +564,7 @@ MUON = Case(
     complex_message="Muon does not support complex parameters",
     matrices=True,
     beyond=("ns_dtype", "matrix_axes"),
-    descent=Descent(0.05, 1e-7, {"weight_decay": 0}),
+    descent=Descent(0.05, 1e-7, options={"weight_decay": 0}),
 )
 
 LBFGS = Case(
@@ -580,6 +584,8 @@ LBFGS = Case(
         "history_size": 1,
         "line_search_fn": None,
     },
+    descent=Descent(1.0, 1.0, steps=20, options={"line_search_fn": "strong_wolfe", "tolerance_change": 0}),
+    takes_loss=True,
 )
 
 CASES = (SGD, ADAM, ADAMW, RMSPROP, ADAGRAD, ADAMAX, NADAM, RADAM, ADADELTA, RPROP, ASGD, ADAFACTOR, SPARSE_ADAM, MUON)
