@@ -360,7 +360,7 @@ def test_hyperparameters_may_be_arrays_schedules_and_overrides(compilations: Any
 def test_a_state_of_another_kind_is_refused() -> None:
     algorithm, params = F.lbfgs(), jnp.ones(3)
     for state in (F.lbfgs(history_size=3).init(params), algorithm.init(jnp.ones(4)), F.adam().init(params)):
-        with pytest.raises(TypeError, match="state must be the State that init returns"):
+        with pytest.raises(TypeError, match="state must be the LBFGSState that init returns"):
             algorithm.update(params, None, state, loss_fn=jnp.sum)
     with pytest.raises(TypeError, match="loss_fn"):
         algorithm.update(params, None, algorithm.init(params))

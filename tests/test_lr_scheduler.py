@@ -361,6 +361,17 @@ def test_resuming_by_last_epoch(case: str, last_epoch: int, torch: Any) -> None:
 
 
 @pytest.mark.parametrize("case", WITHOUT_METRIC)
+def test_resuming_by_last_epoch_over_a_loaded_optimizer(case: str, torch: Any) -> None:
+    def run(module: Any, optimizer: Any, other: Any) -> Any:
+        follow(optimizer, make(module, case)(optimizer), 12)
+        other.load_state_dict(optimizer.state_dict())
+        return follow(other, make(module, case)(other, last_epoch=11), 50, groups_of)
+
+    theirs = run(torch.optim.lr_scheduler, build_torch(torch), build_torch(torch))
+    assert run(optim.lr_scheduler, build(), build()) == theirs
+
+
+@pytest.mark.parametrize("case", WITHOUT_METRIC)
 def test_jumping_to_an_epoch_is_deprecated_and_pytorchs(case: str, torch: Any) -> None:
     def run(module: Any, optimizer: Any) -> Any:
         scheduler = make(module, case)(optimizer)

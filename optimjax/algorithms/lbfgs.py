@@ -20,16 +20,17 @@ finds from there. A call ends when the directional derivative is above ``-tolera
 move), after ``max_iter`` iterations or ``max_eval`` evaluations, when no element of the gradient is larger than
 ``tolerance_grad``, or when neither the step nor the loss has changed by more than ``tolerance_change``.
 
-The two loops, the search and all iterations are one compiled program. The history takes
-``2 * history_size`` vectors from the start, for a program has arrays of one shape.
+All iterations with their line searches are one compiled program, in which the loss stands twice: at the beginning and
+in the loop. The history takes ``2 * history_size`` vectors from the start, for a program has arrays of one shape; it is
+updated in place. Parameters that are distributed over a mesh with automatic axes stay so.
 
 Source: Liu, Nocedal, "On the limited memory BFGS method for large scale optimization", Mathematical Programming 45
 (1989).
 
 Differs from PyTorch:
 
-1. A loss that is not finite ends the line search with the best point that it has, at worst where it began. PyTorch goes
-   on with NaN: its parameters are lost.
+1. A loss or slope that is not finite ends the line search with the best point that it has, at worst where it began.
+   PyTorch goes on with NaN: its parameters are lost, or it raises ``IndexError``.
 2. Making ``history_size`` smaller in a running optimizer drops the oldest pairs; in PyTorch the history then grows
    without end. ``history_size=0`` is refused at once, not at the second iteration.
 3. What PyTorch refuses at the first step, an unknown ``line_search_fn`` or a second group, is refused when it is given.
@@ -74,7 +75,7 @@ VECTORS = ("d", "old_dirs", "old_stps", "prev_flat_grad")
 ENTRIES = (*COUNTS, "d", "t", *HISTORY, "H_diag", "prev_flat_grad", "prev_loss")
 
 
-class State(NamedTuple):
+class LBFGSState(NamedTuple):
     """What one call hands to the next. ``n`` is the number of elements of all parameters, ``m`` the history size."""
 
     step: Array  # [] int32, calls done; schedules are evaluated at it
@@ -104,7 +105,7 @@ class Scalars(NamedTuple):
 # --- The algorithm ----------------------------------------------------------------------------------------------------
 
 
-def init(layout: Layout, history_size: int) -> State:
+def init(layout: Layout, history_size: int) -> LBFGSState:
     """Before the first call. Each array is one of its own, so that a step may update all of them in place."""
 
     def zeros(*shape: int) -> Array:
@@ -114,7 +115,7 @@ def init(layout: Layout, history_size: int) -> State:
         return jnp.zeros((), jnp.int32)
 
     n, m = layout.size, history_size
-    return State(
+    return LBFGSState(
         step=count(),
         func_evals=count(),
         n_iter=count(),
@@ -133,7 +134,7 @@ def init(layout: Layout, history_size: int) -> State:
 class Iteration(NamedTuple):
     """What one iteration hands to the next."""
 
-    state: State
+    state: LBFGSState
     x: Array  # [n], the parameters
     loss: Array  # [], there
     grad: Array  # [n], there
@@ -147,13 +148,13 @@ def minimize(
     evaluate: Callable[[Array, Any], tuple[Array, Array, Any]],
     round_off: Callable[[Array], Array],
     line_search_fn: str | None,
-    state: State,
+    state: LBFGSState,
     x: Array,
     loss: Array,
     grad: Array,
     aux: Any,
     scalars: Scalars,
-) -> tuple[State, Array, Any]:
+) -> tuple[LBFGSState, Array, Any]:
     """One call of ``step``.
 
     Args:
@@ -223,7 +224,7 @@ def minimize(
     start = Iteration(
         state=state._replace(step=state.step + 1, func_evals=state.func_evals + 1),
         x=x,
-        loss=loss.astype(x.dtype),
+        loss=jnp.asarray(loss, x.dtype),
         grad=grad,
         aux=aux,
         n_iter=jnp.int32(0),
@@ -234,7 +235,7 @@ def minimize(
     return end.state, end.x, end.aux
 
 
-def with_direction(state: State, grad: Array, loss: Array) -> State:
+def with_direction(state: LBFGSState, grad: Array, loss: Array) -> LBFGSState:
     """The state with one more pair, where it is good enough, and the direction from here."""
     first, size = state.n_iter == 0, len(state.ro)
     y, s = grad - state.prev_flat_grad, state.d * state.t
@@ -307,23 +308,23 @@ def algorithm(hyperparameters: Any, values: Mapping[str, Any]) -> Algorithm:
         shapes, dtypes = tuple(leaf.shape for leaf in leaves), tuple(leaf.dtype for leaf in leaves)
         return Layout(shapes, dtypes, tuple(range(len(leaves))))
 
-    def initial(params: Any) -> State:
+    def initial(params: Any) -> LBFGSState:
         """The state before the first update."""
         return init(layout_of(flatten_params(params)[0]), history_size)
 
     def update(
-        params: Any, grads: Any, state: State, *, loss_fn: Callable[[Any], Array], **overrides: Any
-    ) -> tuple[Any, State]:
+        params: Any, grads: Any, state: LBFGSState, *, loss_fn: Callable[[Any], Array], **overrides: Any
+    ) -> tuple[Any, LBFGSState]:
         """Up to ``max_iter`` iterations."""
         leaves, treedef = flatten_params(params)
         check_overrides(hyperparameters, overrides)
         now = {**values, **overrides}
         hyperparameters.check(now, None)
         layout = layout_of(leaves)
-        if not isinstance(state, State) or np.shape(state.old_dirs) != (history_size, layout.size):
+        if not isinstance(state, LBFGSState) or np.shape(state.old_dirs) != (history_size, layout.size):
             raise TypeError(
-                f"state must be the State that init returns for these parameters and history_size={history_size}, got "
-                f"{jax.tree.map(np.shape, state)}"
+                "state must be the LBFGSState that init returns for these parameters and "
+                f"history_size={history_size}, got {jax.tree.map(np.shape, state)}"
             )
 
         def evaluate(leaves: list[Array]) -> tuple[Array, Array]:
@@ -354,8 +355,15 @@ def algorithm(hyperparameters: Any, values: Mapping[str, Any]) -> Algorithm:
 
 
 def _step(
-    loss_fn: Any, cut: Any, layout: Layout, line_search_fn: Any, state: State, params: Any, traced: Any, scalars: Any
-) -> tuple[State, list[Array], Array, list[Array]]:
+    loss_fn: Any,
+    cut: Any,
+    layout: Layout,
+    line_search_fn: Any,
+    state: LBFGSState,
+    params: Any,
+    traced: Any,
+    scalars: Any,
+) -> tuple[LBFGSState, list[Array], Array, list[Array]]:
     """One call in one program: ``(state, params, loss at the beginning, what the loss has changed in modules)``."""
     # What the loss changes in a module, batch statistics or random state, goes from each evaluation to the next.
     changing = [index for role, index in cut.state_roles if role == "traced"]
@@ -383,7 +391,7 @@ _step_in_place = jax.jit(_step, static_argnames=_STATIC, donate_argnames=("state
 class Kept(NamedTuple):
     """The state between two steps, for as long as nobody has looked at it."""
 
-    state: State
+    state: LBFGSState
 
     def entries(self) -> dict[str, Any]:
         """As PyTorch's state has it: counts as numbers, the history as lists, the oldest first."""
@@ -408,7 +416,7 @@ class Kept(NamedTuple):
         """The entries are the state now."""
 
 
-def from_entries(entries: Mapping[str, Any], layout: Layout, history_size: int) -> State:
+def from_entries(entries: Mapping[str, Any], layout: Layout, history_size: int) -> LBFGSState:
     """The state, in arrays of its own, from PyTorch's entries; of a longer history the newest pairs."""
     counts = {name: jnp.int32(int(entries.get(name, 0))) for name in COUNTS}
     state = init(layout, history_size)._replace(**counts)
@@ -465,6 +473,8 @@ class LBFGS(Optimizer):
     [1. 1.] True
     """
 
+    joint_state = True
+
     def __init__(
         self,
         params: Any,
@@ -490,8 +500,6 @@ class LBFGS(Optimizer):
             line_search_fn=line_search_fn,
         )
         super().__init__(params, defaults)
-
-    joint_state = True
 
     @classmethod
     def _algorithm(cls, values: Mapping[str, Any]) -> Algorithm:
@@ -561,14 +569,14 @@ class LBFGS(Optimizer):
             tuple(position[box] for box in moving),
         )
 
-    def _present(self, layout: Layout, history_size: int) -> State:
+    def _present(self, layout: Layout, history_size: int) -> LBFGSState:
         """The state that a step may donate: that of the last one, or a new one where somebody has seen or set it."""
         entry = self.state.get(self._parameters()[0])
         if entry is not None and isinstance(entry.place, Kept) and len(entry.place.state.ro) == history_size:
             return entry.place.state
         return from_entries(entry or {}, layout, history_size)
 
-    def _keep(self, state: State) -> None:
+    def _keep(self, state: LBFGSState) -> None:
         entry = self.state[self._parameters()[0]]
         entry.place = None  # its arrays were donated
         for name in ENTRIES:

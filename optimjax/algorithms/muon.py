@@ -1,18 +1,17 @@
 r"""Muon: momentum, orthogonalised, for the weight matrices of hidden layers.
 
 .. math::
-    \theta_{t-1} &\leftarrow (1 - \gamma \lambda)\, \theta_{t-1} \\
     b_t &\leftarrow \mu\, b_{t-1} + (1 - \mu)\, g_t \\
     u_t &\leftarrow \mu\, b_t + (1 - \mu)\, g_t \ \text{(Nesterov)}, \quad b_t \ \text{(otherwise)} \\
     X_0 &\leftarrow u_t / \max(\lVert u_t \rVert_F, \epsilon) \\
     X_{k+1} &\leftarrow a X_k + (b\, G + c\, G^2)\, X_k \quad \text{with } G = X_k X_k^\top, \ k = 0, 1, \dots, K - 1 \\
-    \theta_t &\leftarrow \theta_{t-1} - \gamma\, r\, X_K
+    \theta_t &\leftarrow (1 - \gamma \lambda)\, \theta_{t-1} - \gamma\, r\, X_K
 
 with learning rate :math:`\gamma`, weight decay :math:`\lambda`, momentum :math:`\mu`, Newton-Schulz coefficients
 :math:`(a, b, c)` and steps :math:`K`. For a matrix of :math:`A` rows and :math:`B` columns, :math:`r` is
 :math:`\sqrt{\max(1, A / B)}`, or :math:`0.2 \sqrt{\max(A, B)}` to match the root mean square of AdamW's updates. A
 matrix with more rows than columns is transposed meanwhile, so that :math:`G` is the smaller of the two products. The
-iteration brings every singular value near 1 (between 0.7 and 1.2, not to 1).
+iteration brings singular values near 1: to between 0.7 and 1.2, but for very small ones.
 
 Source: Jordan and others, "Muon: an optimizer for hidden layers in neural networks", 2024,
 https://kellerjordan.github.io/posts/muon; the second :math:`r`: Liu and others, "Muon is scalable for LLM training",
@@ -54,7 +53,7 @@ from optimjax.rule import Epsilon, Flag, LearningRate, NonNegative, Number, Nume
 
 __all__ = ["Muon", "muon"]
 
-ELEMENTS = 2**20  # of the matrices that are orthogonalised together
+ELEMENTS = 2**20  # of the matrices that are orthogonalised together; benchmarks/muon.py measures it
 PRECISIONS = ("bfloat16", "float32", "float64")  # not float16, in which small gradients vanish
 
 
@@ -193,10 +192,7 @@ def orthogonalize(matrix: Array, scalars: Scalars, steps: int) -> Array:
 
 
 def together(arrays: list[Array], scalars: list[Scalars], layout: Layout, steps: int) -> Iterator[Array]:
-    """The matrices in each array orthogonalised, by products of as many as fill the device.
-
-    More of them are no faster, and the products are temporary memory.
-    """
+    """The matrices in each array orthogonalised, by products of as many as stay in the cache."""
 
     def one(array: Array, scalar: Scalars) -> Array:
         return layout.array(orthogonalize(layout.matrices(array), scalar, steps))
@@ -232,7 +228,7 @@ def scalars(step: Any, hyper: Any) -> Scalars:
 def update(
     params: list[Array], grads: list[Array], slots: list[Slots], scalars: list[Scalars], flags: Any
 ) -> tuple[list[Array], list[Slots]]:
-    """One step of each parameter of one shape."""
+    """One step of each parameter; all have one shape, and share the products."""
     if not params[0].size:
         return params, slots
     layout = Layout(params[0].shape, flags.matrix_axes)
@@ -260,7 +256,7 @@ class Muon(Optimizer):
     r"""Muon, as ``torch.optim.Muon``: for the weight matrices of hidden layers.
 
     Give it the matrices and another optimizer, such as :class:`optimjax.AdamW`, the rest: biases, norms, embeddings and
-    the last layer. Matrices of one shape are orthogonalised in one batched product.
+    the last layer. Matrices of one shape are orthogonalised together, in batched products.
 
     Args:
       params: what to optimize, of two axes unless ``matrix_axes`` says more; see :class:`optimjax.Optimizer`.

@@ -11,10 +11,7 @@ __all__ = ["ChainedScheduler", "SequentialLR"]
 
 
 class _Composed(LRScheduler):
-    """What the two have in common: the schedulers inside, and their state dicts.
-
-    They may schedule different numbers of the groups; :meth:`get_last_lr` tells of that of the first one.
-    """
+    """What the two have in common: the schedulers inside, and their state dicts."""
 
     takes_metric = True
     _schedulers: list[LRScheduler]
@@ -73,6 +70,9 @@ class _Composed(LRScheduler):
 
 class SequentialLR(_Composed):
     """One scheduler after the other, each from the base learning rate on.
+
+    A sequence or a chain in the first place is one step ahead, as in PyTorch. Where schedulers have different keys,
+    :meth:`get_last_lr` tells of the first one's.
 
     Args:
       optimizer: the optimizer whose groups are written.
@@ -151,6 +151,8 @@ class SequentialLR(_Composed):
 
 class ChainedScheduler(_Composed):
     """Steps several schedulers together; each works on what those before it have left.
+
+    Where they have different keys, :meth:`get_last_lr` tells of the first one's.
 
     Args:
       schedulers: in their order, all built for the same optimizer; also ``ReduceLROnPlateau``, and sequences and

@@ -52,7 +52,8 @@ class CyclicLR(LRScheduler):
       key: which number of the groups is scheduled.
 
     Raises:
-      ValueError: an unknown mode, a list of another length than the groups, or no momentum to cycle.
+      ValueError: an unknown mode, a list of another length than the groups, no momentum to cycle, or one that ``key``
+        names already.
 
     >>> import jax.numpy as jnp, optimjax as optim
     >>> optimizer = optim.SGD([jnp.ones(2)], lr=0.1, momentum=0.9)
@@ -172,7 +173,8 @@ class OneCycleLR(LRScheduler):
       key: which number of the groups is scheduled.
 
     Raises:
-      ValueError: no number of steps, a value out of range, no momentum to cycle, or more steps than there are.
+      ValueError: no number of steps, a value out of range, no momentum to cycle or one that ``key`` names already, or
+        (when stepped) more steps than there are.
 
     >>> import jax.numpy as jnp, optimjax as optim
     >>> optimizer = optim.Adam([jnp.ones(2)], lr=0.1)
