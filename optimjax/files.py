@@ -37,6 +37,7 @@ def save(path: str | os.PathLike[str], state_dict: Any) -> None:
     >>> optim.save(path, {"optimizer": optimizer.state_dict(), "epoch": 3})
     >>> loaded = optim.load(path)
     >>> optimizer.load_state_dict(loaded["optimizer"])
+    <All keys matched successfully>
     >>> loaded["epoch"]
     3
     """

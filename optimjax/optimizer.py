@@ -25,6 +25,7 @@ from optimjax.parameter import Parameter
 from optimjax.rule import Hyperparameters, Rule, initial_slots
 from optimjax.source import ModuleSource, Source, source_of
 from optimjax.sparse import zeros_like
+from optimjax.state_dict import IncompatibleKeys
 from optimjax.step import (
     Bucket,
     Member,
@@ -462,21 +463,38 @@ class Optimizer:
         self._hooks.notify("state_dict_pre", self)
         return self._hooks.replace("state_dict_post", self, _state_dict.pack(self))
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
         """Load what :meth:`state_dict` returned, of this library or of PyTorch (NumPy, JAX or PyTorch arrays).
 
         Parameters are matched by name where both sides have names, else by order. The saved dtype is kept.
 
+        Args:
+          state_dict: the state and the groups.
+          strict: ``False`` is for a model that has changed. Of parameters with names it loads those that both sides
+            have, in one shape; all others are left as they are. A parameter may have moved to another group if its name
+            is in one group only. Groups that both sides have take the saved options.
+
+        Returns:
+          ``missing_keys`` and ``unexpected_keys``, the names of what was not loaded; both are empty if ``strict``.
+
         Raises:
           ValueError: another number of groups or of parameters, other names or shapes, state that this optimizer does
             not keep. Nothing has changed then.
+
+        >>> import jax.numpy as jnp, optimjax as optim
+        >>> old = optim.SGD({"body": jnp.ones(2), "head": jnp.ones(3)}, lr=0.1, momentum=0.9)
+        >>> old.step({"body": jnp.ones(2), "head": jnp.ones(3)})
+        >>> new = optim.SGD({"body": jnp.ones(2), "head": jnp.ones(5), "neck": jnp.ones(1)}, lr=0.1, momentum=0.9)
+        >>> new.load_state_dict(old.state_dict(), strict=False)
+        IncompatibleKeys(missing_keys=['neck', 'head'], unexpected_keys=['head'])
         """
         if not isinstance(state_dict, Mapping):
             raise ValueError(f"a state dict is a dict, got {type(state_dict).__name__}: {state_dict!r}")
         state_dict = self._hooks.replace("load_state_dict_pre", self, dict(state_dict))
-        _state_dict.load(self, state_dict)
+        keys = _state_dict.load(self, state_dict, strict)
         self._loaded, self._built = True, []
         self._hooks.notify("load_state_dict_post", self)
+        return keys
 
     def _slot_shapes(self, group: Mapping[str, Any], where: str) -> Callable[[Parameter], dict[str, Any]] | None:
         """For a parameter the shape of each slot that it has in this group, ``None`` for one it has not."""
@@ -580,8 +598,9 @@ class Optimizer:
         return notebook.table(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What was remembered of steps names devices, which do not pickle.
-        return vars(self) | {"_plan": None, "_patterns": []}
+        # A copy has no hooks, as in PyTorch, and is in no step. What was remembered of steps names devices, which do not
+        # pickle.
+        return vars(self) | {"_hooks": Hooks(), "_in_step": False, "_plan": None, "_patterns": []}
 
 
 Optimizer.hyperparameters = Hyperparameters(Optimizer, Optimizer)

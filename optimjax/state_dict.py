@@ -1,8 +1,10 @@
 """State dicts in PyTorch's layout: out (:func:`pack`) and in (:func:`load`)."""
 
 import functools
+import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from optimjax.parameter import Parameter
 if TYPE_CHECKING:
     from optimjax.optimizer import Optimizer
 
-__all__ = ["load", "pack", "plain"]
+__all__ = ["IncompatibleKeys", "load", "pack", "plain"]
 
 
 def pack(optimizer: "Optimizer") -> dict[str, Any]:
@@ -32,73 +34,144 @@ def pack(optimizer: "Optimizer") -> dict[str, Any]:
     return {"state": dict(sorted(state.items())), "param_groups": groups}
 
 
-def load(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
+class IncompatibleKeys(NamedTuple):
+    """What a state dict lacked and what it had beside, as ``torch.nn.Module.load_state_dict`` returns it.
+
+    Attributes:
+      missing_keys: names of parameters whose state was not loaded.
+      unexpected_keys: names of saved parameters whose state was not used. A name in both has another shape now.
+    """
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+    def __repr__(self) -> str:
+        if not any(self):
+            return "<All keys matched successfully>"
+        return f"IncompatibleKeys(missing_keys={self.missing_keys}, unexpected_keys={self.unexpected_keys})"
+
+
+class _ShapeError(ValueError):
+    """Saved state has another shape than this parameter's."""
+
+
+def load(optimizer: "Optimizer", state_dict: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
     """Set groups and state from a state dict, or raise and change nothing.
 
-    Parameters are matched by name where both sides have names, else by order.
+    Parameters are matched by name where both sides have names, else by order. Unless ``strict``, what has no match is
+    left as it is.
     """
     if not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(f"a state dict has the keys 'state' and 'param_groups', got {sorted(map(str, state_dict))}")
-    saved_groups = list(state_dict["param_groups"])
-    if len(saved_groups) != len(optimizer.param_groups):
-        raise ValueError(
-            "loaded state dict has a different number of parameter groups: "
-            f"{len(saved_groups)}, the optimizer has {len(optimizer.param_groups)}"
-        )
-    groups, state, known = [], {}, set()
-    for index, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
-        where = f" of param_groups[{index}]"
-        saved = {key: plain(value, optimizer.defaults.get(key)) for key, value in saved.items()}
+    saved_groups = []
+    for index, saved in enumerate(state_dict["param_groups"]):
+        saved_groups.append({key: plain(value, optimizer.defaults.get(key)) for key, value in saved.items()})
         if "params" not in saved:
             raise ValueError(f"loaded state dict has no 'params' in param_groups[{index}], only {sorted(saved)}")
-        if len(saved["params"]) != len(group["params"]):
+        if len(saved.get("param_names", saved["params"])) != len(saved["params"]):
             raise ValueError(
-                "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
-                f"{len(saved['params'])} parameters, the optimizer has {len(group['params'])}{where}"
+                f"loaded state dict has {len(saved['param_names'])} names for {len(saved['params'])} parameters in "
+                f"param_groups[{index}]"
             )
-        merged = {**optimizer.defaults, **saved}
-        merged["params"] = list(group["params"])
+
+    ids, keys = (_matched if strict else _found)(optimizer.param_groups, saved_groups)
+    known = {str(saved_id) for saved in saved_groups for saved_id in saved["params"]}
+    unknown = [key for key in state_dict["state"] if str(key) not in known]
+    if unknown:
+        raise ValueError(f"loaded state dict has state for parameters that are in none of its groups: {unknown}")
+
+    groups: list[dict[str, Any]] = []
+    state: dict[Parameter, Mapping[str, Any]] = {}
+    for index, (group, ids_of_group) in enumerate(zip(optimizer.param_groups, ids, strict=True)):
+        where = f" of param_groups[{index}]"
+        saved = saved_groups[index] if index < len(saved_groups) else group
+        merged = {**optimizer.defaults, **saved, "params": list(group["params"])}
         if "param_names" in group:
             merged["param_names"] = list(group["param_names"])
         groups.append(merged)
         shapes = optimizer._slot_shapes(merged, where)
-        ids = _matched(group, saved, where)
-        if optimizer.joint_state and list(ids) != list(saved["params"]):
+        if optimizer.joint_state and list(ids_of_group) != list(saved["params"]):
             raise ValueError(
                 f"{type(optimizer).__name__} keeps one vector for all parameters, whose order must be that of the "
                 f"loaded state dict: {saved['param_names']}, the optimizer has {group['param_names']}"
             )
-        for box, saved_id in zip(group["params"], ids, strict=True):
+        for position, (box, saved_id) in enumerate(zip(group["params"], ids_of_group, strict=True)):
+            if saved_id is None:
+                state[box] = optimizer.state.get(box, {})
+                continue
             entries = state_dict["state"].get(saved_id, state_dict["state"].get(str(saved_id)))
-            known |= {saved_id, str(saved_id)}
-            if entries:
-                state[box] = _entries(optimizer, box, entries, shapes)
-    unknown = [key for key in state_dict["state"] if key not in known]
-    if unknown:
-        raise ValueError(f"loaded state dict has state for parameters that are in none of its groups: {unknown}")
+            try:
+                state[box] = _entries(optimizer, box, entries, shapes) if entries else {}
+            except _ShapeError:
+                if strict or "param_names" not in group:
+                    raise
+                state[box] = optimizer.state.get(box, {})
+                for names in keys:
+                    names.append(group["param_names"][position])
 
     # Nothing can fail from here on.
     for group, merged in zip(optimizer.param_groups, groups, strict=True):
         group.clear()
         group.update(merged)
+    state = {box: dict(entries) for box, entries in state.items() if entries}
     optimizer.state.clear()
     for box, entries in state.items():
         optimizer.state[box].update(entries)
+    return keys
 
 
-def _matched(group: Mapping[str, Any], saved: Mapping[str, Any], where: str) -> Sequence[Any]:
-    """The saved ids in the order of the group's parameters."""
-    ours, theirs = group.get("param_names"), saved.get("param_names")
-    if ours is None or theirs is None:
-        return saved["params"]
-    if set(ours) != set(theirs) or len(theirs) != len(saved["params"]):
-        missing = [name for name in ours if name not in theirs]
-        unexpected = [name for name in theirs if name not in ours]
+def _matched(groups: Sequence[Any], saved_groups: Sequence[Any]) -> tuple[list[Sequence[Any]], IncompatibleKeys]:
+    """The saved ids in the order of each group's parameters; everything must have its counterpart."""
+    if len(saved_groups) != len(groups):
         raise ValueError(
-            f"loaded state dict has other parameter names{where}: missing {missing}, unexpected {unexpected}"
+            "loaded state dict has a different number of parameter groups: "
+            f"{len(saved_groups)}, the optimizer has {len(groups)}"
         )
-    by_name = dict(zip(theirs, saved["params"], strict=True))
-    return [by_name[name] for name in ours]
+    ids = []
+    for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        where = f" of param_groups[{index}]"
+        if len(saved["params"]) != len(group["params"]):
+            raise ValueError(
+                "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
+                f"{len(saved['params'])} parameters, the optimizer has {len(group['params'])}{where}"
+            )
+        ours, theirs = group.get("param_names"), saved.get("param_names")
+        if ours is None or theirs is None:
+            ids.append(saved["params"])
+            continue
+        if set(ours) != set(theirs):
+            missing = [name for name in ours if name not in theirs]
+            unexpected = [name for name in theirs if name not in ours]
+            raise ValueError(
+                f"loaded state dict has other parameter names{where}: missing {missing}, unexpected {unexpected}; "
+                "strict=False loads what both have"
+            )
+        by_name = dict(zip(theirs, saved["params"], strict=True))
+        ids.append([by_name[name] for name in ours])
+    return ids, IncompatibleKeys([], [])
+
+
+def _found(groups: Sequence[Any], saved_groups: Sequence[Any]) -> tuple[list[Sequence[Any]], IncompatibleKeys]:
+    """The saved ids in the order of each group's parameters, ``None`` where there is none, and what has no match.
+
+    A name is looked for in the group of the same index; in the others only if it is one parameter's on both sides.
+    """
+    if not all("param_names" in group for group in [*groups, *saved_groups]):
+        try:
+            return _matched(groups, saved_groups)
+        except ValueError as error:
+            raise ValueError(f"{error}; without names on both sides everything must fit") from None
+    saved = [dict(zip(group["param_names"], group["params"], strict=True)) for group in saved_groups]
+    ours, theirs = (Counter(name for group in side for name in group["param_names"]) for side in (groups, saved_groups))
+    anywhere = {name: saved_id for own in saved for name, saved_id in own.items() if ours[name] == theirs[name] == 1}
+    ids, missing = [], []
+    for group, own in zip(groups, itertools.chain(saved, itertools.repeat({})), strict=False):
+        found = [own.get(name, anywhere.get(name)) for name in group["param_names"]]
+        ids.append(found)
+        missing += [name for name, saved_id in zip(group["param_names"], found, strict=True) if saved_id is None]
+    used = set(itertools.chain.from_iterable(ids))
+    unexpected = [name for own in saved for name, saved_id in own.items() if saved_id not in used]
+    return ids, IncompatibleKeys(missing, unexpected)
 
 
 def _entries(optimizer: "Optimizer", box: Parameter, saved: Mapping[str, Any], shapes: Any) -> dict[str, Any]:
@@ -128,7 +201,7 @@ def _entries(optimizer: "Optimizer", box: Parameter, saved: Mapping[str, Any], s
         if expected[name] is not None and isinstance(value, (bool, int, float)):
             entries[name] = value = jnp.asarray(value, jnp.float32)  # as JSON and older PyTorch have scalars
         if expected[name] is not None and value.shape != expected[name]:
-            raise ValueError(
+            raise _ShapeError(
                 f"loaded state of parameter {str(box)!r}: {name!r} has shape {value.shape}, expected {expected[name]}"
             )
     wanted = [name for name, shape in expected.items() if shape is not None]

@@ -442,6 +442,86 @@ def test_names_that_disagree(names: Any, message: str) -> None:
     assert plain(optimizer.state_dict()) == before
 
 
+# --- A changed model ------------------------------------------------------------------------------------------------
+
+
+def momentum(groups: dict[str, tuple[int, ...]] | list[dict[str, tuple[int, ...]]], lr: float = 0.1) -> Any:
+    """SGD with momentum over named parameters of these shapes, in one group or several."""
+    parts = groups if isinstance(groups, list) else [groups]
+    named = [[(name, optim.Parameter(jnp.ones(shape))) for name, shape in part.items()] for part in parts]
+    return optim.SGD([{"params": params} for params in named], lr=lr, momentum=0.9)
+
+
+def stepped(optimizer: Any, value: float) -> Any:
+    """After one step, whose gradients are the momenta then: ``value`` for the first parameter, then one more each."""
+    for index, box in enumerate(boxes_of(optimizer)):
+        box.grad = jnp.full(box.shape, value + index)
+    optimizer.step()
+    return optimizer
+
+
+def momenta(optimizer: Any) -> list[Any]:
+    states = (optimizer.state.get(box, {}) for box in boxes_of(optimizer))
+    return [float(state["momentum_buffer"].ravel()[0]) if state else None for state in states]
+
+
+@pytest.mark.parametrize(
+    ("saved", "present", "loaded", "missing", "unexpected"),
+    [
+        ({"a": (2,), "b": (3,)}, {"b": (3,), "a": (2,)}, [6, 5], [], []),
+        ({"a": (2,), "b": (3,)}, {"a": (2,), "new": (3,), "b": (3,)}, [5, None, 6], ["new"], []),
+        ({"a": (2,), "b": (3,)}, {"b": (3,)}, [6], [], ["a"]),
+        ({"a": (2,), "b": (3,)}, {"a": (2,), "b": (4,)}, [5, None], ["b"], ["b"]),
+        ({"a": (2,)}, {"b": (2,)}, [None], ["b"], ["a"]),
+        # A parameter that has moved to another group, and a group that has gone.
+        ([{"a": (2,)}, {"b": (3,)}], {"a": (2,), "b": (3,)}, [5, 6], [], []),
+        ([{"a": (2,), "b": (3,)}], [{"b": (3,)}, {"a": (2,)}], [6, 5], [], []),
+        # Names that are unique only in their groups.
+        ([{"w": (2,)}, {"w": (3,)}], [{"w": (2,)}, {"w": (3,)}], [5, 6], [], []),
+        ([{"w": (2,)}], [{"w": (2,)}, {"w": (2,)}], [5, None], ["w"], []),
+        ([{"w": (2,)}, {"w": (2,)}], [{"v": (2,)}, {"w": (2,)}], [None, 6], ["v"], ["w"]),
+    ],
+)
+def test_partial_loading(saved: Any, present: Any, loaded: Any, missing: Any, unexpected: Any) -> None:
+    optimizer = momentum(present)
+    keys = optimizer.load_state_dict(stepped(momentum(saved), 5.0).state_dict(), strict=False)
+    assert momenta(optimizer) == loaded
+    assert keys == (missing, unexpected)
+    assert (keys.missing_keys, keys.unexpected_keys) == (missing, unexpected)
+    stepped(optimizer, 1.0)
+    assert momenta(optimizer) == [pytest.approx(1 + i + 0.9 * (m or 0)) for i, m in enumerate(loaded)]
+
+
+def test_what_has_no_match_stays_as_it_is() -> None:
+    optimizer = stepped(momentum([{"a": (2,)}, {"b": (3,)}], lr=0.1), 1.0)
+    optimizer.param_groups[1]["lr"] = 0.7
+    assert optimizer.load_state_dict(momentum({"a": (2,)}, lr=0.5).state_dict(), strict=False) == (["b"], [])
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.7]
+    assert momenta(optimizer) == [None, 2]  # the saved run had done no step
+
+
+def test_partial_loading_reads_as_in_pytorch(torch: Any) -> None:
+    module = torch.nn.Linear(2, 3)
+    theirs = [module.load_state_dict(d, strict=False) for d in (module.state_dict(), {"weight": torch.ones(3, 2)})]
+    ours = []
+    for names in ({"weight": (3, 2), "bias": (3,)}, {"weight": (3, 2)}):
+        optimizer = momentum({"weight": (3, 2), "bias": (3,)})
+        ours.append(optimizer.load_state_dict(momentum(names).state_dict(), strict=False))
+    assert [repr(keys).lstrip("_") for keys in theirs] == [repr(keys) for keys in ours]
+
+
+def test_partial_loading_needs_names_and_whole_entries() -> None:
+    optimizer = momentum({"a": (2,), "b": (2,)})
+    unnamed = optim.SGD([optim.Parameter(jnp.ones(2))], lr=0.1, momentum=0.9).state_dict()
+    with pytest.raises(ValueError, match=r"size of optimizer's group: 1 parameters.*; without names on both sides"):
+        optimizer.load_state_dict(unnamed, strict=False)
+    corrupt = copy.deepcopy(stepped(momentum({"a": (2,)}), 5.0).state_dict())
+    corrupt["state"][0]["momentum_buffer"] = "mean"
+    with pytest.raises(ValueError, match="momentum_buffer"):
+        optimizer.load_state_dict(corrupt, strict=False)
+    assert momenta(optimizer) == [None, None]
+
+
 def test_state_of_another_algorithm() -> None:
     with pytest.raises(ValueError, match="which SGD does not keep"):
         build(CASES[0]).load_state_dict(build_and_run(CASES[1]))
