@@ -3,6 +3,7 @@
 import json
 import os
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def save(path: str | os.PathLike[str], state_dict: Any) -> None:
 
     Args:
       path: usually ends in ``.safetensors``; its folder must exist.
-      state_dict: nested dicts, lists and tuples of arrays (JAX, NumPy, PyTorch), numbers, strings, booleans, ``None``.
+      state_dict: nested dicts, lists and tuples of arrays (JAX, NumPy, PyTorch), random keys, numbers, strings,
+        booleans, ``None``. An ``nnx.State`` is such a dict, and a :class:`optimjax.Parameter` such an array.
 
     Raises:
       TypeError: it holds something else; the message names the path. Nothing is written then.
@@ -61,7 +63,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     """Read what :func:`save` has written.
 
     Returns:
-      The same structure, arrays as NumPy arrays of the saved dtypes.
+      The same structure, arrays as NumPy arrays of the saved dtypes, random keys as JAX's.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -95,7 +97,7 @@ def _safetensors() -> Any:
 def _packed(value: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         entries = [[_packed(k, path, tensors), _packed(v, f"{path}.{k}", tensors)] for k, v in value.items()]
         return {"dict": entries}
     if isinstance(value, (list, tuple)):
@@ -103,6 +105,10 @@ def _packed(value: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
         return {"tuple": items} if isinstance(value, tuple) else items
     if hasattr(value, "detach"):  # a PyTorch tensor
         value = value.detach().cpu().numpy()
+    if hasattr(value, "__jax_array__"):  # a Parameter, or a variable of flax.nnx
+        value = value.__jax_array__()
+    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return {"key": [str(jax.random.key_impl(value)), _packed(jax.random.key_data(value), path, tensors)]}
     if isinstance(value, (jax.Array, np.ndarray, np.generic)) and _is_plain(value.dtype):
         array: Any = np.asarray(value)
         name = path.removeprefix(".")
@@ -113,7 +119,7 @@ def _packed(value: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
 
 
 def _is_plain(dtype: Any) -> bool:
-    """Numbers and booleans; no random keys, strings or objects."""
+    """Numbers and booleans; no strings or objects."""
     return jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)
 
 
@@ -127,5 +133,7 @@ def _unpacked(value: Any, tensors: dict[str, Any]) -> Any:
         return {_unpacked(k, tensors): _unpacked(v, tensors) for k, v in content}
     if kind == "tuple":
         return tuple(_unpacked(item, tensors) for item in content)
+    if kind == "key":
+        return jax.random.wrap_key_data(_unpacked(content[1], tensors), impl=content[0])
     name, dtype, shape = content
     return np.frombuffer(tensors[name]["data"], jnp.dtype(dtype)).reshape(shape).copy()
