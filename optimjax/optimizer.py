@@ -598,8 +598,8 @@ class Optimizer:
         return notebook.table(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has no hooks, as in PyTorch, and is in no step. What was remembered of steps names devices, which do not
-        # pickle.
+        # A copy has no hooks, as in PyTorch, and is in no step. What was remembered of steps names devices, which do
+        # not pickle.
         return vars(self) | {"_hooks": Hooks(), "_in_step": False, "_plan": None, "_patterns": []}
 
 

@@ -21,8 +21,8 @@ __all__ = ["BoxSource", "ModuleSource", "Source", "TreeSource", "named_parameter
 def named_parameters(module: Any) -> Iterator[tuple[str, Parameter]]:
     """Iterate the parameters of a ``flax.nnx`` module, or of a pytree, as ``(dotted name, box)``.
 
-    Boxes of a module are bound to it, and are the *same* objects each time. Boxes of a pytree are new ones with its
-    arrays; leaves that are not floating arrays are left out.
+    Boxes of a module are bound to it, and are the *same* objects each time. Boxes of a pytree are those in it, or new
+    ones with its arrays; leaves that are not floating arrays are left out.
 
     >>> from flax import nnx
     >>> import optimjax as optim
@@ -33,7 +33,8 @@ def named_parameters(module: Any) -> Iterator[tuple[str, Parameter]]:
     if is_nnx(module):
         yield from module_parameters(module)
     else:
-        yield from ((box.name or "", box) for box in TreeSource(module).parameters)
+        source = TreeSource(module)
+        yield from zip(source.names or (), source.parameters, strict=True)
 
 
 def parameters(module: Any) -> Iterator[Parameter]:
@@ -82,10 +83,17 @@ class TreeSource(Source):
     """A pytree: the optimizer has its own boxes; leaves that are no floating arrays pass through untouched."""
 
     def __init__(self, tree: Any):
-        paths, self._treedef = jax.tree_util.tree_flatten_with_path(tree)
+        paths, self._treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, Parameter))
         self._leaves = [Parameter(leaf, name=dotted(path)) if is_inexact_array(leaf) else leaf for path, leaf in paths]
-        self.parameters = [leaf for leaf in self._leaves if isinstance(leaf, Parameter)]
-        self.names = [box.name or "" for box in self.parameters]
+        named = [
+            (dotted(path), x) for (path, _), x in zip(paths, self._leaves, strict=True) if isinstance(x, Parameter)
+        ]
+        self.names = [name for name, _ in named]
+        self.parameters = [box for _, box in named]
+
+    def __reduce__(self) -> Any:
+        # A tree copies and pickles as its classes do; what a treedef has of them may not (the sentinels of Equinox).
+        return TreeSource, (self.boxed(),)
 
     def view(self) -> Any:
         """The tree with the present values."""
@@ -115,6 +123,13 @@ class ModuleSource(Source):
         self.parameters = [box for _, box in named]
         self._treedef: Any = None  # of gradients seen before, and where each parameter's is among their leaves
         self._order: list[int] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_treedef": None, "_order": []}  # what gradients looked like does not pickle
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        list(named_parameters(self.module))  # the boxes know their module again
 
     def view(self) -> Any:
         """The module."""

@@ -40,12 +40,15 @@ class VariableParameter(Parameter):
         self.variable.set_value(value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "VariableParameter":
-        # The copy belongs to the copy of the module: the one made in the same deepcopy, if there is one.
-        root = self.root()
-        if root is not None:
-            copied = module_parameters(copy.deepcopy(root, memo))
-            for (_, box), (_, twin) in zip(module_parameters(root), copied, strict=True):
-                memo[id(box)] = twin._like(box)
+        # The copy belongs to the copy of its module: of one that the same deepcopy has copied before, else of the root.
+        # The memo lists them under its own id; flax.nnx copies submodules without the memo, so it does not have them.
+        kept: Any = memo.get(id(memo), ())
+        before = [x for x in kept if is_nnx(x) and not isinstance(x, nnx().Variable)]
+        for module in (*before, self.root()):
+            if module is not None and id(self) not in memo:
+                copied = module_parameters(copy.deepcopy(module, memo))
+                for (_, box), (_, twin) in zip(module_parameters(module), copied, strict=True):
+                    memo.setdefault(id(box), twin._like(box))
         if id(self) not in memo:
             memo[id(self)] = VariableParameter(self.variable.copy(), str(self))._like(self)
         return memo[id(self)]
@@ -59,7 +62,9 @@ class VariableParameter(Parameter):
 
 
 def _restore_variable_parameter(variable: Any, name: str, requires_grad: bool, grad: Any) -> VariableParameter:
-    box = VariableParameter(variable, name)
+    box = _boxes.get(id(variable))  # made already, if the module's parameters have been listed
+    if box is None:
+        box = _boxes[id(variable)] = VariableParameter(variable, name)
     box.requires_grad, box._grad = requires_grad, grad
     return box
 
@@ -92,6 +97,8 @@ def _box_of(variable: Any, name: str, root: Any, owner: Any) -> VariableParamete
         box = _boxes[id(variable)] = VariableParameter(variable, name, root)
     elif name.count(".") > str(box).count("."):  # seen before from inside: the whole path is the better name
         box.name, box.root = name, weakref.ref(root)
+    elif box.root() is None:  # unpickled
+        box.root = weakref.ref(root)
     _keepers.setdefault(owner, {})[id(variable)] = box
     return box
 

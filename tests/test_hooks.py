@@ -1,7 +1,10 @@
 """Hooks: the same script in PyTorch and here calls them in the same order with the same things."""
 
+import copy
+import functools
 import importlib
 import itertools
+import pickle
 from typing import Any
 
 import jax.numpy as jnp
@@ -308,3 +311,65 @@ def test_hooks_on_a_module_see_the_module() -> None:
 def test_a_hook_must_be_callable(kind: str) -> None:
     with pytest.raises(TypeError, match="callable, got int: 3"):
         register(Ours.optimizer(), kind, 3)
+
+
+def survivors(lib: Any, duplicate: Any) -> Any:
+    """Which hooks a copy has; whether a handle takes a hook off the copy, and off the original."""
+    log: list[Any] = []
+    optimizer = lib.optimizer()
+    handles = [register(optimizer, kind, functools.partial(record, log, kind)) for kind in KINDS]
+    twin = duplicate(optimizer)
+
+    def calls(of: Any) -> list[Any]:
+        log.clear()
+        of.step()
+        of.load_state_dict(of.state_dict())
+        return list(log)
+
+    seen = [calls(twin)]
+    register(twin, "step_pre", lambda *_: log.append("new"))
+    seen += [calls(optimizer), calls(twin)]
+    for handle in handles:
+        handle.remove()
+    return [*seen, calls(optimizer), calls(twin)]
+
+
+def record(log: list[Any], kind: str, *_: Any) -> None:
+    log.append(kind)
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, copy.copy, lambda x: pickle.loads(pickle.dumps(x))],
+    ids=["deepcopy", "copy", "pickle"],
+)
+def test_copies_of_an_optimizer_have_no_hooks(duplicate: Any, theirs: Any) -> None:
+    """So that one with hooks that do not pickle, such as lambdas, does."""
+    assert same_in_both(lambda lib: survivors(lib, duplicate), theirs) == [[], list(KINDS), ["new"], [], ["new"]]
+
+
+def test_global_hooks_run_for_copies(theirs: Any) -> None:
+    def script(lib: Any) -> Any:
+        log: list[Any] = []
+        optimizer = lib.optimizer()
+        with lib.module.register_optimizer_step_post_hook(lambda o, *_: log.append(o is optimizer)):
+            for each in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+                each.step()
+        return log
+
+    assert same_in_both(script, theirs) == [True, False, False]
+
+
+def test_a_copy_made_inside_a_step_has_working_hooks() -> None:
+    """A hook that keeps copies of the whole optimizer, one with a step of its own."""
+
+    class Own(optim.SGD):
+        def step(self, *args: Any) -> Any:
+            return super().step(*args)
+
+    optimizer, twins, log = Own([optim.Parameter(1.0)], lr=0.5), [], []
+    optimizer.register_step_post_hook(lambda o, *_: twins.append(copy.deepcopy(o)))
+    optimizer.step([1.0])
+    twins[0].register_step_pre_hook(lambda *_: log.append("pre"))
+    twins[0].step([1.0])
+    assert log == ["pre"]
