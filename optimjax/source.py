@@ -124,9 +124,6 @@ class ModuleSource(Source):
         self._treedef: Any = None  # of gradients seen before, and where each parameter's is among their leaves
         self._order: list[int] = []
 
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_treedef": None, "_order": []}  # what gradients looked like does not pickle
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         list(named_parameters(self.module))  # the boxes know their module again

@@ -124,6 +124,12 @@ def test_the_boxes_of_a_copy_are_those_of_the_copied_module(kind: str, way: str)
     assert all(box.grad is not None for box in of_groups)
 
 
+def test_a_copied_box_of_a_variable_is_that_variables_box() -> None:
+    box = next(optim.parameters(model := Net()))
+    assert copy.copy(box) is box
+    assert next(optim.parameters(model)) is box
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_gradients_that_were_seen_do_not_keep_an_optimizer_from_being_copied(way: str) -> None:
     model = Net()

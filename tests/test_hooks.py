@@ -315,9 +315,9 @@ def test_a_hook_must_be_callable(kind: str) -> None:
 
 def survivors(lib: Any, duplicate: Any) -> Any:
     """Which hooks a copy has; whether a handle takes a hook off the copy, and off the original."""
-    log: list[Any] = []
+    log = LOG  # a global is the same for hooks that were copied
     optimizer = lib.optimizer()
-    handles = [register(optimizer, kind, functools.partial(record, log, kind)) for kind in KINDS]
+    handles = [register(optimizer, kind, functools.partial(record, kind)) for kind in KINDS]
     twin = duplicate(optimizer)
 
     def calls(of: Any) -> list[Any]:
@@ -334,8 +334,11 @@ def survivors(lib: Any, duplicate: Any) -> Any:
     return [*seen, calls(optimizer), calls(twin)]
 
 
-def record(log: list[Any], kind: str, *_: Any) -> None:
-    log.append(kind)
+LOG: list[Any] = []
+
+
+def record(kind: str, *_: Any) -> None:
+    LOG.append(kind)
 
 
 @pytest.mark.parametrize(
