@@ -49,8 +49,10 @@ def save(path: str | os.PathLike[str], state_dict: Any) -> None:
     library = _safetensors()
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     beside.touch()  # says at once if that cannot be
+    mode = beside.stat().st_mode
     try:
         library.numpy.save_file(tensors, beside, {FORMAT: header})
+        beside.chmod(mode)  # safetensors makes files that only their owner may read
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())  # or a power failure might leave the new name on an empty file
         os.replace(beside, path)

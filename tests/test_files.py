@@ -144,6 +144,12 @@ def test_what_cannot_be_saved_is_named_and_leaves_the_file(value: Any) -> None:
     assert os.listdir() == ["a.safetensors"]
 
 
+def test_a_file_has_the_permissions_of_any_new_file() -> None:
+    save("a.safetensors", {"x": np.ones(2)})
+    Path("b").touch()
+    assert os.stat("a.safetensors").st_mode == os.stat("b").st_mode
+
+
 def test_a_truncated_or_foreign_file_is_a_clear_error() -> None:
     save("a.safetensors", {"x": np.arange(5.0)})
     whole = Path("a.safetensors").read_bytes()
