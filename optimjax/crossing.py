@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from optimjax.lift import Algorithm, active_fields
 from optimjax.parameter import Parameter
+from optimjax.rule import Ignored, Rule
 from optimjax.step import ParameterState
 from optimjax.tree import dotted
 
@@ -25,9 +27,9 @@ def algorithm_of(optimizer: "Optimizer") -> Algorithm:
     """
     groups = optimizer.param_groups
     values = {}
-    for name in optimizer.hyperparameters.kinds:
+    for name, kind in optimizer.hyperparameters.kinds.items():
         given = [group[name] for group in groups]
-        if all(value is given[0] or value == given[0] for value in given[1:]):
+        if isinstance(kind, Ignored) or all(_equal(value, given[0]) for value in given[1:]):
             values[name] = given[0]
         elif name in optimizer.hyperparameters.numeric:
             values[name] = optimizer._arranged({box: group[name] for group in groups for box in group["params"]})
@@ -36,9 +38,14 @@ def algorithm_of(optimizer: "Optimizer") -> Algorithm:
     return optimizer._algorithm(values)
 
 
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two values are known to be equal; tracers are only where they are the same one."""
+    return a is b or (not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((a, b))) and bool(a == b))
+
+
 def functional_state(optimizer: "Optimizer") -> tuple[Any, Any]:
     """See :meth:`optimjax.Optimizer.functional_state`."""
-    rule, boxes = optimizer._rule(), optimizer._parameters()
+    rule, boxes = _rule_of(optimizer), optimizer._parameters()
     entries = {box: dict(optimizer.state.get(box, {})) for box in boxes}
     # Where PyTorch keeps no count, the slots say whether there was an update.
     counts = {entry.get("step", 0) if rule.counts_steps else int(bool(entry)) for entry in entries.values()}
@@ -60,7 +67,7 @@ def functional_state(optimizer: "Optimizer") -> tuple[Any, Any]:
 
 def load_functional_state(optimizer: "Optimizer", params: Any, state: Any) -> None:
     """See :meth:`optimjax.Optimizer.load_functional_state`."""
-    rule = optimizer._rule()
+    rule = _rule_of(optimizer)
     present = optimizer._arranged({box: box.value for box in optimizer._parameters()})
     _check_like((params, state), (present, jax.eval_shape(algorithm_of(optimizer).init, present)))
     values = dict(optimizer._pair(params))
@@ -79,6 +86,17 @@ def load_functional_state(optimizer: "Optimizer", params: Any, state: Any) -> No
         optimizer.state.pop(box, None)
         if entries and (step or rule.eager):
             optimizer.state[box] = ParameterState(entries)
+    optimizer._step_called |= step > 0  # outside: a scheduler need not warn that it is stepped first
+
+
+def _rule_of(optimizer: "Optimizer") -> Rule:
+    """Its rule; or ``NotImplementedError`` for LBFGS, and for a ``step`` written in Python."""
+    if optimizer.rule is None:
+        raise NotImplementedError(
+            f"{type(optimizer).__name__} has no rule for one parameter, so its state cannot be taken over: "
+            "begin a new run of the functional form with optimizer.params"
+        )
+    return optimizer.rule
 
 
 def _check_like(given: Any, expected: Any) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from optimjax.parameter import Parameter, value_of
-from optimjax.step import Updates, update_each
+from optimjax.step import Donating, Updates, update_each
 from optimjax.variable import VariableParameter, is_nnx, nnx
 
 __all__ = ["Call", "Capture", "update_from_loss", "value_and_grad"]
@@ -229,8 +229,6 @@ def _update_from_loss(
     return *update_each(updates, slots, differentiated, grads, rows), loss, changed
 
 
-_STATIC = ("loss_fn", "cut", "updates")
-update_from_loss = jax.jit(_update_from_loss, static_argnames=_STATIC, donate_argnames="slots")
-update_from_loss_in_place = jax.jit(
-    _update_from_loss, static_argnames=_STATIC, donate_argnames=("slots", "differentiated")
-)
+_STATIC = ["loss_fn", "cut", "updates"]
+update_from_loss = Donating(_update_from_loss, _STATIC, ["slots"])
+update_from_loss_in_place = Donating(_update_from_loss, _STATIC, ["slots", "differentiated"])

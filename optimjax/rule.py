@@ -24,6 +24,7 @@ from jax import Array
 from jax.core import Tracer
 
 from optimjax.sparse import Entries, is_sparse
+from optimjax.variable import nnx
 
 __all__ = [
     "Beta",
@@ -223,8 +224,12 @@ Differentiable = Annotated[bool, Ignored()]
 
 
 def _is_number(value: Any) -> bool:
-    """A number, an array that may hold one, or a schedule that stands for one."""
-    return callable(value) or isinstance(value, (int, float, np.generic, np.ndarray, jax.Array))
+    """A number, an array that may hold one, or a schedule that stands for one.
+
+    A variable of ``flax.nnx`` can be called, too, but is a tree with a number in it.
+    """
+    is_schedule = callable(value) and not (nnx() is not None and isinstance(value, nnx().Variable))
+    return is_schedule or isinstance(value, (int, float, np.generic, np.ndarray, jax.Array))
 
 
 def _is_array(value: Any) -> bool:

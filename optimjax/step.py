@@ -1,7 +1,7 @@
 """How a step of the facade runs: compiled programs, each for a bucket of parameters, and what is kept between steps."""
 
 from collections import defaultdict
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from optimjax.rule import Rule, apply_each
 
 __all__ = [
     "Bucket",
+    "Donating",
     "Member",
     "ParameterState",
     "Plan",
@@ -144,8 +145,25 @@ def update_each(updates: Updates, slots: Any, params: Any, grads: Any, rows: Any
     return [slot for _, slot in results], [param for param, _ in results]
 
 
-update_bucket = jax.jit(update_each, static_argnames="updates", donate_argnames="slots")
-update_bucket_in_place = jax.jit(update_each, static_argnames="updates", donate_argnames=("slots", "params"))
+class Donating:
+    """A compiled function that may take the memory of some arguments for its results.
+
+    Under ``grad`` it leaves them alone: the way back needs them again. Inside ``jit`` it makes no difference.
+    """
+
+    def __init__(self, function: Callable[..., Any], static: Sequence[str], donate: Sequence[str]):
+        self._donating = jax.jit(function, static_argnames=static, donate_argnames=donate)
+        self._keeping = jax.jit(function, static_argnames=static)
+        self.lower = self._donating.lower
+
+    def __call__(self, *args: Any) -> Any:
+        """What the function returns."""
+        kinds = set(map(type, jax.tree.leaves(args)))  # one by one, thousands of arrays would cost
+        return (self._keeping if any(issubclass(kind, Tracer) for kind in kinds) else self._donating)(*args)
+
+
+update_bucket = Donating(update_each, ["updates"], ["slots"])
+update_bucket_in_place = Donating(update_each, ["updates"], ["slots", "params"])
 
 
 class Bucket:

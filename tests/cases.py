@@ -589,4 +589,4 @@ LBFGS = Case(
 )
 
 CASES = (SGD, ADAM, ADAMW, RMSPROP, ADAGRAD, ADAMAX, NADAM, RADAM, ADADELTA, RPROP, ASGD, ADAFACTOR, SPARSE_ADAM, MUON)
-EVERY = (*CASES, LBFGS)  # LBFGS takes no gradients but a loss function: test_lbfgs.py has its tests
+EVERY = (*CASES, LBFGS)  # LBFGS takes no gradients but a loss function: test_lbfgs.py has its tests, of derivatives too

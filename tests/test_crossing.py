@@ -1,5 +1,6 @@
 """Leaving the facade for the functional core, and coming back."""
 
+import functools
 from typing import Any
 
 import jax
@@ -95,6 +96,99 @@ def test_a_module_leaves_as_its_state() -> None:
     assert later < losses[0]
 
 
+class Net(nnx.Module):
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.base = nnx.Linear(2, 3, param_dtype=float, rngs=rngs)
+        self.head = nnx.Linear(3, 1, param_dtype=float, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.head(jnp.tanh(self.base(x)))
+
+
+X = np.random.default_rng(0).normal(size=(5, 2))
+
+
+def net_loss(net: Any) -> Any:
+    return jnp.mean((net(jnp.asarray(X)) - 1.0) ** 2)
+
+
+def loop(optimizer: Any, net: Any, rates: Any) -> None:
+    """Steps outside, one for each entry; an entry of ``rates`` is given as ``lr``, ``None`` is not."""
+    algorithm, (graphdef, _) = optimizer.algorithm, nnx.split(net)
+
+    @jax.jit
+    def run(carry: Any, rates: Any) -> Any:
+        def one(carry: Any, lr: Any) -> Any:
+            grads = jax.grad(lambda params: net_loss(nnx.merge(graphdef, params)))(carry[0])
+            return algorithm.update(carry[0], grads, carry[1], **({} if lr is None else {"lr": lr})), None
+
+        return jax.lax.scan(one, carry, rates, length=None if jax.tree.leaves(rates) else 5)[0]
+
+    optimizer.load_functional_state(*run(optimizer.functional_state(), rates))
+
+
+def assert_same_run(stayed: Any, crossed: Any) -> None:
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12)  # noqa: E731
+    jax.tree.map(close, nnx.state(stayed.params), nnx.state(crossed.params))
+    jax.tree.map(close, state_of(stayed), state_of(crossed))
+
+
+def test_a_module_with_groups_leaves_with_their_numbers(x64: None) -> None:
+    def make() -> Any:
+        rules = [{"params": "base.*", "lr": 0.05, "betas": (0.5, 0.6), "foreach": True}]
+        return optim.AdamW(optim.group_parameters(Net(), rules), lr=0.1)
+
+    stayed, crossed = make(), make()
+    for step in range(13):
+        stayed.param_groups[1]["lr"] = 0.1 if step < 6 else 0.02
+        stayed.step(net_loss)
+    crossed.step(net_loss)
+    loop(crossed, crossed.params, None)
+    crossed.param_groups[1]["lr"] = 0.02
+    loop(crossed, crossed.params, None)  # the groups as they are now
+    loop_of_two = nnx.State({"base": jnp.full(2, 0.05), "head": jnp.full(2, 0.02)})
+    loop(crossed, crossed.params, loop_of_two)  # a prefix of the module's state
+    assert_same_run(stayed, crossed)
+
+
+@pytest.mark.parametrize("make", [optim.Adam, functools.partial(optim.SGD, momentum=0.9)], ids=["Adam", "SGD"])
+@pytest.mark.parametrize("before", [0, 3])
+@pytest.mark.parametrize("inside", ["schedule", "preview"])
+def test_a_schedule_takes_the_place_of_a_scheduler(x64: None, make: Any, before: int, inside: str) -> None:
+    """Also where PyTorch's state has no count of updates, and where the class has not done a step yet."""
+    stayed, crossed = (make(Net(), lr=0.1) for _ in range(2))
+    schedulers = [optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10) for optimizer in (stayed, crossed)]
+
+    def step(index: int, times: int) -> None:
+        for _ in range(times):
+            (stayed, crossed)[index].step(net_loss)
+            schedulers[index].step()
+
+    step(0, before + 6)
+    step(1, before)
+    if inside == "schedule":
+        rates = optim.schedules.cosine_annealing(0.1, T_max=10)(schedulers[1].last_epoch + jnp.arange(5))
+    else:
+        rates = jnp.asarray(optim.lr_scheduler.preview(schedulers[1], 5)[:, 0])
+    loop(crossed, crossed.params, rates)
+    for _ in range(5):
+        schedulers[1].step()
+    step(1, 1)
+    np.testing.assert_allclose(*(scheduler.get_last_lr() for scheduler in schedulers), rtol=1e-12)
+    assert_same_run(stayed, crossed)
+
+
+def test_rates_that_are_tracers_go_along() -> None:
+    def last(first: Any, second: Any) -> Any:
+        optimizer = optim.SGD([{"params": [jnp.ones(1)], "lr": first}, {"params": [jnp.ones(1)], "lr": second}])
+        (a, b), _ = optimizer.algorithm.update(optimizer.params, optimizer.params, optimizer.functional_state()[1])
+        return (a[0] + b[0])[0]
+
+    value, slopes = jax.jit(jax.value_and_grad(last, argnums=(0, 1)))(0.25, 0.5)
+    np.testing.assert_allclose((value, *slopes), (1.25, -1, -1))
+
+
 @pytest.mark.parametrize("named", [False, True])
 def test_boxes_leave_as_a_list_or_a_dict(named: bool) -> None:
     boxes = [optim.Parameter(jnp.ones(2)), optim.Parameter(jnp.zeros(3))]
@@ -136,6 +230,11 @@ def test_what_has_no_functional_form_is_refused() -> None:
     mixed = optim.Adam([{"params": [jnp.ones(2)]}, {"params": [jnp.ones(2)], "amsgrad": True}])
     with pytest.raises(ValueError, match=r"one 'amsgrad' for all parameters, the groups have \[False, True\]"):
         mixed.algorithm  # noqa: B018
+    joint = optim.LBFGS([jnp.ones(2)])
+    with pytest.raises(NotImplementedError, match="LBFGS has no rule for one parameter"):
+        joint.functional_state()
+    with pytest.raises(NotImplementedError, match="LBFGS has no rule for one parameter"):
+        joint.load_functional_state(joint.params, ())
 
 
 def test_loading_what_does_not_fit_changes_nothing() -> None:

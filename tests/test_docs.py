@@ -1,11 +1,11 @@
-"""The documentation's code runs, and its page of algorithms can be made from the package."""
+"""The documentation's code runs and prints what is shown, and its page of algorithms can be made from the package."""
 
 import inspect
 import pkgutil
-import re
 from pathlib import Path
 
 import generate_algorithms
+import pages
 import pytest
 
 from optimjax import algorithms
@@ -16,9 +16,23 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
 def test_code_runs(page):
-    namespace = {}
-    for block in re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
-        exec(compile(block, str(page), "exec"), namespace)
+    pages.run(page)
+
+
+def test_a_page_that_shows_something_else_is_refused(tmp_path):
+    page = tmp_path / "page.md"
+    text = "```python\nprint('loss', 1 / 3)\n```\n\n```text\n{}\n```\n"
+    page.write_text(text.format("loss 0.3333333333333334"))  # one in the last digit is rounding
+    assert pages.run(page) == ["loss 0.3333333333333333"]
+    for wrong in ("loss 0.3333333333333335", "rate 0.3333333333333333", "loss", ""):
+        page.write_text(text.format(wrong))
+        with pytest.raises(AssertionError, match="shown:"):
+            pages.run(page)
+
+
+def test_every_page_is_in_the_table_of_contents():
+    contents = (DOCS / "index.md").read_text().split("```{toctree}")[1].split("```")[0].split()
+    assert {page.stem for page in DOCS.glob("*.md")} - {"index"} <= set(contents)
 
 
 @pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(algorithms.__path__)])

@@ -40,7 +40,7 @@ def loss(params: Any) -> Any:
     return sum(jnp.sum((leaf - 0.3) ** 4) for leaf in jax.tree.leaves(params))
 
 
-def train(algorithm: F.Algorithm, params: Any, steps: int = 4, **overrides: Any) -> Any:
+def train(algorithm: F.Algorithm, params: Any, steps: int = 4, loss: Any = loss, **overrides: Any) -> Any:
     """A few steps down the loss in one traced loop."""
 
     def step(carry: Any, _: Any) -> Any:
@@ -178,33 +178,41 @@ def test_vmap_over_parameters_and_state_equals_a_loop(case: Case, options: dict[
 
 
 @every_case
-def test_derivative_by_the_learning_rate(x64: None, case: Case, options: dict[str, Any]) -> None:
+def test_derivatives_by_learning_rate_and_initial_parameters(x64: None, case: Case, options: dict[str, Any]) -> None:
+    """Against central finite differences, the parameters moved in a random direction."""
     params = jax.tree.map(lambda p: p.astype(jnp.float64), case.fit(PARAMS))
+    rng = np.random.default_rng(0)
+    direction = jax.tree.map(lambda p: rng.normal(size=p.shape), params)
 
     @jax.jit
-    def final_loss(lr: Any) -> Any:
-        return loss(train(case.factory(**{**options, "lr": lr}), params, case.steps)[0])
+    def final_loss(lr: Any, distance: Any) -> Any:
+        start = jax.tree.map(lambda p, d: p + distance * d, params, direction)
+        return loss(train(case.factory(**{**options, "lr": lr}), start, case.steps)[0])
 
     h = case.difference
-    numeric = (final_loss(0.05 + h) - final_loss(0.05 - h)) / (2 * h)
-    assert abs(numeric) > 1e-3
-    np.testing.assert_allclose(jax.grad(final_loss)(0.05), numeric, rtol=10 * h)
+    by_rate = (final_loss(0.05 + h, 0.0) - final_loss(0.05 - h, 0.0)) / (2 * h)
+    by_start = (final_loss(0.05, h) - final_loss(0.05, -h)) / (2 * h)
+    assert min(abs(by_rate), abs(by_start)) > 1e-3
+    slopes = jax.jit(jax.grad(final_loss, argnums=(0, 1)))(0.05, 0.0)
+    np.testing.assert_allclose(slopes, (by_rate, by_start), rtol=10 * h)
 
 
 @variants
-def test_derivatives_stay_finite_with_zero_gradients(case: Case, options: dict[str, Any]) -> None:
-    names = [name for name in case.numeric if name in options]
+def test_derivatives_stay_finite_with_zero_gradients(x64: None, case: Case, options: dict[str, Any]) -> None:
+    """By the initial parameters, which are at the optimum, and by every number, also through the gradients."""
     algorithm = case.factory(**options)
-    zeros = jax.tree.map(jnp.zeros_like, case.fit(PARAMS))  # parameters too, or weight decay would be a gradient
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape), case.fit(PARAMS))  # or weight decay would be a gradient
 
-    def final_loss(params: Any, overrides: Any) -> Any:
-        state = algorithm.init(params)
-        for _ in range(case.steps):
-            params, state = algorithm.update(params, zeros, state, **overrides)
-        return loss(params)
+    def squares(params: Any) -> Any:
+        return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
 
-    overrides = {name: jax.tree.map(jnp.asarray, options[name]) for name in names}
-    chex.assert_tree_all_finite(jax.jit(jax.grad(final_loss, argnums=(0, 1)))(zeros, overrides))
+    def final_loss(params: Any, numbers: Any) -> Any:
+        return loss(train(algorithm, params, case.steps, squares, **numbers)[0])
+
+    values, kinds = case.optimizer._defaults_of(**options), case.optimizer.hyperparameters.kinds
+    names = [name for name in case.numeric if values[name] or not kinds[name].switch]  # what is switched off stays so
+    numbers = {name: jax.tree.map(lambda value: jnp.asarray(value, float), values[name]) for name in names}
+    chex.assert_tree_all_finite(jax.jit(jax.grad(final_loss, argnums=(0, 1)))(zeros, numbers))
 
 
 # --- complex parameters ---------------------------------------------------------------------------------------------

@@ -933,3 +933,29 @@ def test_the_history_is_updated_in_place(history: int, line_search_fn: str | Non
     )
     memory = update.lower(x, algorithm.init(x)).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 10 * x.nbytes  # whatever the history
+
+
+# --- Derivatives ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("line_search_fn", [None, "strong_wolfe"])
+def test_derivatives_are_taken_in_forward_mode(line_search_fn: str | None) -> None:
+    """Of the path that it took; its loops end when they are done, which reverse mode cannot follow."""
+
+    def final_loss(at: Any) -> Any:
+        lr, distance = at
+        lbfgs = F.lbfgs(lr=lr, max_iter=3, line_search_fn=line_search_fn)
+        x = jnp.array([-1.2, 1.0]) + distance * jnp.array([0.6, -0.8])
+        state = lbfgs.init(x)
+        for _ in range(2):
+            x, state = lbfgs.update(x, None, state, loss_fn=lambda x: rosenbrock(jnp, x))
+        return rosenbrock(jnp, x)
+
+    at, h = jnp.array([0.3, 0.0]), 1e-6
+    values = jax.jit(jax.vmap(final_loss))(at + h * jnp.array([[1, 0], [-1, 0], [0, 1], [0, -1]]))
+    numeric = (values[::2] - values[1::2]) / (2 * h)
+    assert jnp.all(jnp.abs(numeric) > 1e-3)
+    np.testing.assert_allclose(jax.jit(jax.jacfwd(final_loss))(at), numeric, rtol=1e-4)
+    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
+        jax.jit(jax.grad(final_loss))(at)

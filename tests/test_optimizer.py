@@ -1021,6 +1021,39 @@ def test_the_facade_inside_jit_is_differentiable() -> None:
     np.testing.assert_allclose(slope, -6 * 0.8**2, rtol=1e-6)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("form", ["grads", "loss", "backward"])
+def test_the_facade_is_differentiable_as_the_functional_core(form: str, donate: bool, compiled: bool) -> None:
+    """State that a step has updated in place would be missing on the way back."""
+
+    def loss(params: Any) -> Any:
+        return jnp.sum((params["w"] - 0.3) ** 4)
+
+    def by_class(lr: Any, params: Any) -> Any:
+        optimizer = optim.Adam(params, lr=lr, differentiable=True)
+        optimizer.donate = donate
+        for _ in range(3):
+            if form == "backward":
+                optimizer.zero_grad()
+                optimizer.backward(loss)
+            optimizer.step(*{"grads": [jax.grad(loss)(optimizer.params)], "loss": [loss], "backward": []}[form])
+        return loss(optimizer.params)
+
+    def by_function(lr: Any, params: Any) -> Any:
+        adam = optim.functional.adam(lr=lr)
+        state = adam.init(params)
+        for _ in range(3):
+            params, state = adam.update(params, jax.grad(loss)(params), state)
+        return loss(params)
+
+    at = 0.1, {"w": jnp.array([1.0, -2.0])}
+    slopes = jax.grad(by_class, argnums=(0, 1))
+    ours = (jax.jit(slopes) if compiled else slopes)(*at)
+    expected = jax.jit(jax.grad(by_function, argnums=(0, 1)))(*at)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), ours, expected)
+
+
 @pytest.mark.usefixtures("x64")
 def test_a_subclass_that_overrides_step_in_python() -> None:
     """It moves as `optim.SGD` does, with hooks, closure, state dict and scheduler."""

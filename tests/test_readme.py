@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pages
 import pytest
 
 import optimjax as optim
@@ -11,18 +12,9 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def code_blocks():
-    """The Python blocks, each with as many empty lines before it as put a traceback on the README's line."""
-    for match in re.finditer(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL):
-        yield "\n" * README[: match.start(1)].count("\n") + match[1]
-
-
-def test_code_runs(capsys):
+def test_code_runs():
     pytest.importorskip("torch", reason="the README runs the same loop in PyTorch")
-    namespace = {}
-    for block in code_blocks():
-        exec(compile(block, str(ROOT / "README.md"), "exec"), namespace)
-    printed = capsys.readouterr().out.splitlines()
+    printed = pages.run(ROOT / "README.md")
     assert [line.split(":")[0] for line in printed[:2]] == ["PyTorch", "optimjax"]
     assert all(float(line.split(":")[1]) < 1e-3 for line in printed[:2]), printed
     first, last = re.fullmatch(r"(\S+) -> (\S+) in 300 steps", printed[2]).groups()
@@ -30,7 +22,7 @@ def test_code_runs(capsys):
 
 
 def test_the_two_loops_pair_line_by_line():
-    torch, jax, *_ = (block.strip().splitlines() for block in code_blocks())
+    torch, jax, *_ = (code.strip().splitlines() for code, _ in pages.code_blocks(ROOT / "README.md"))
     assert len(torch) == len(jax)
     for line in ("    optimizer.zero_grad()", "    optimizer.step()", "    scheduler.step()"):
         assert torch.index(line) == jax.index(line)
