@@ -19,9 +19,6 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what it imports deprecates this and that
     ocp = pytest.importorskip("orbax.checkpoint")
 
-# Said at each restore that is told no shardings.
-pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided when restoring:UserWarning")
-
 NAMES = ("base.kernel", "base.bias", "head.kernel")
 SHAPES = ((3, 2), (3,), (3, 2))
 
