@@ -66,7 +66,8 @@ class Cut:
     # A static argument is hashed and compared at every call, and a module's graphdef is slow in both.
     @functools.cached_property
     def _fields(self) -> tuple[Any, ...]:
-        return self.treedef, self.leaves, self.graphdef, self.state_treedef, self.state_roles
+        types = tuple(type(what) for role, what in self.leaves if role == "static")  # 1 == True == 1.0
+        return self.treedef, self.leaves, types, self.graphdef, self.state_treedef, self.state_roles
 
     @functools.cached_property
     def _hash(self) -> int:
@@ -118,10 +119,15 @@ class Capture:
         self._key: Any = None
         self._call: Any = None
 
-    def __call__(self, arguments: tuple[Any, ...], boxes: Sequence[Parameter]) -> Call:
-        """Cut; ``boxes`` are to be differentiated where they occur, unless they have ``requires_grad=False``."""
+    def __call__(self, arguments: tuple[Any, ...], boxes: Sequence[Parameter], given_first: bool = False) -> Call:
+        """Cut; ``boxes`` are to be differentiated where they occur, unless they have ``requires_grad=False``.
+
+        Where the first argument is what the optimizer was made from (``given_first``), its plain numbers are static:
+        they describe the model (the size of a window, the rate of a dropout) and never change.
+        """
         leaves, treedef = jax.tree.flatten(arguments, is_leaf=lambda x: isinstance(x, Parameter) or is_nnx(x))
-        kinds = [_kind(leaf) for leaf in leaves]
+        fixed = treedef.children()[0].num_leaves if given_first else 0
+        kinds = [_kind(leaf, position < fixed) for position, leaf in enumerate(leaves)]
         nodes = [leaf for leaf, (role, _) in zip(leaves, kinds, strict=True) if role == "node"]
         key = (treedef, kinds, [id(box) for box in boxes if box.requires_grad], _structure(nodes))
         if self._key is None or key[-1] is None or key != self._key:
@@ -133,13 +139,14 @@ class Capture:
         return Capture, ()  # what is remembered goes by identity
 
 
-def _kind(leaf: Any) -> Role:
+def _kind(leaf: Any, fixed: bool) -> Role:
     """A leaf's role before it is known which boxes are wanted, and what a remembered cut depends on."""
     if isinstance(leaf, Parameter):
         return "box", id(_identity(leaf))
     if is_nnx(leaf):
         return "node", None
-    if isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, complex)) and not isinstance(leaf, bool):
+    number = isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool) and not fixed
+    if number or isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
         return "traced", None
     return "static", leaf
 

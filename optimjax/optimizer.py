@@ -7,7 +7,7 @@ array.
 
 import functools
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from optimjax.lift import Algorithm, active_fields, check_layout, check_param, l
 from optimjax.loss import Capture, update_from_loss, update_from_loss_in_place, value_and_grad
 from optimjax.parameter import Parameter
 from optimjax.rule import Hyperparameters, Rule, initial_slots
-from optimjax.source import ModuleSource, Source, source_of
+from optimjax.source import ModuleSource, Source, is_single, source_of
 from optimjax.sparse import zeros_like
 from optimjax.state_dict import IncompatibleKeys
 from optimjax.step import (
@@ -111,7 +111,7 @@ class Optimizer:
         self._cut = Capture()
         self._check(defaults, "")
 
-        if isinstance(params, Parameter):
+        if is_single(params):
             raise TypeError(
                 "params argument given to the optimizer should be an iterable of Parameters or dicts, "
                 f"but got a single {params!r}: put it in a list"
@@ -127,7 +127,9 @@ class Optimizer:
             for group in groups or [{"params": params}]:
                 self.add_param_group(group)
         if not any(group["params"] for group in self.param_groups):
-            raise ValueError("optimizer got an empty parameter list")
+            raise ValueError(
+                f"optimizer got an empty parameter list: no floating array in this {type(params).__name__}"
+            )
 
     @classmethod
     def _defaults_of(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -159,7 +161,7 @@ class Optimizer:
             raise ValueError(f"param_group has no 'params', only {list(param_group)}")
         where = f" of param_groups[{len(self.param_groups)}]"
         given = param_group["params"]
-        source = source_of([given] if isinstance(given, Parameter) else given)
+        source = source_of([given] if is_single(given) else given)
         group: dict[str, Any] = {**self.defaults, **param_group, "params": list(source.parameters)}
         if source.names is not None:
             group["param_names"] = list(source.names)
@@ -173,8 +175,9 @@ class Optimizer:
                 check_param(self.rule, box.value, flags, box.__str__)
 
         seen = {box for other in self.param_groups for box in other["params"]}
-        if len(group["params"]) != len(set(group["params"])):
-            raise ValueError(f"a parameter appears more than once{where}")
+        double = [str(box) for box, count in Counter(group["params"]).items() if count > 1]
+        if double:
+            raise ValueError(f"a parameter appears more than once{where}: {', '.join(double)}")
         twice = [str(box) for box in group["params"] if box in seen]
         if twice:
             raise ValueError(f"some parameters appear in more than one parameter group: {', '.join(twice)}")
@@ -265,9 +268,10 @@ class Optimizer:
     def _capture(self, loss_fn: Any, args: tuple[Any, ...]) -> Any:
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}: {loss_fn!r}")
-        if not all(source.bound for source in self._sources):
+        given = not all(source.bound for source in self._sources)
+        if given:
             args = (self._view(lambda source: source.boxed()), *args)
-        call = self._cut(args, self._parameters())
+        call = self._cut(args, self._parameters(), given)
         if not call.boxes:
             raise ValueError(
                 "none of the optimizer's parameters that require a gradient is among the arguments: "

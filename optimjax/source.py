@@ -5,6 +5,7 @@ Three kinds of things can be handed in, each a *source*: a pytree (:class:`TreeS
 (``optimizer.params``) and brings gradients of that view into the order of the boxes.
 """
 
+import copy
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from typing import Any
 
@@ -12,10 +13,19 @@ import jax
 
 from optimjax.parameter import Parameter, value_of
 from optimjax.sparse import is_sparse
-from optimjax.tree import dotted, is_inexact_array, match, names, structure_error
-from optimjax.variable import VariableParameter, is_nnx, module_parameters, nnx
+from optimjax.tree import distinct_names, dotted, is_inexact_array, match, names, structure_error
+from optimjax.variable import VariableParameter, box_of, holds_nnx, is_nnx, is_variable, module_parameters, nnx
 
-__all__ = ["BoxSource", "ModuleSource", "Source", "TreeSource", "named_parameters", "parameters", "source_of"]
+__all__ = [
+    "BoxSource",
+    "ModuleSource",
+    "Source",
+    "TreeSource",
+    "is_single",
+    "named_parameters",
+    "parameters",
+    "source_of",
+]
 
 
 def named_parameters(module: Any) -> Iterator[tuple[str, Parameter]]:
@@ -30,7 +40,7 @@ def named_parameters(module: Any) -> Iterator[tuple[str, Parameter]]:
     >>> [(name, box.shape) for name, box in optim.named_parameters(layer)]
     [('bias', (3,)), ('kernel', (2, 3))]
     """
-    if is_nnx(module):
+    if holds_nnx(module):
         yield from module_parameters(module)
     else:
         source = TreeSource(module)
@@ -84,10 +94,12 @@ class TreeSource(Source):
 
     def __init__(self, tree: Any):
         paths, self._treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, Parameter))
-        self._leaves = [Parameter(leaf, name=dotted(path)) if is_inexact_array(leaf) else leaf for path, leaf in paths]
-        named = [
-            (dotted(path), x) for (path, _), x in zip(paths, self._leaves, strict=True) if isinstance(x, Parameter)
+        names = distinct_names([path for path, _ in paths])
+        self._leaves = [
+            Parameter(leaf, name=name) if is_inexact_array(leaf) else leaf
+            for name, (_, leaf) in zip(names, paths, strict=True)
         ]
+        named = [(name, leaf) for name, leaf in zip(names, self._leaves, strict=True) if isinstance(leaf, Parameter)]
         self.names = [name for name, _ in named]
         self.parameters = [box for _, box in named]
 
@@ -114,15 +126,27 @@ class TreeSource(Source):
 
 
 class ModuleSource(Source):
-    """A ``flax.nnx`` module: updates go into its ``nnx.Param`` variables."""
+    """A ``flax.nnx`` module, or a tree of modules: updates go into their ``nnx.Param`` variables."""
 
     def __init__(self, module: Any):
+        leaves, _ = jax.tree_util.tree_flatten_with_path(module, is_leaf=is_nnx)
+        arrays = [dotted(path) for path, leaf in leaves if is_inexact_array(leaf)]
+        if arrays:
+            raise TypeError(
+                f"parameter {arrays[0]!r} is an array beside flax.nnx modules, which are updated in place: make it an "
+                "nnx.Param"
+            )
         self.module = module
         named = list(named_parameters(module))
         self.names = [name for name, _ in named]
         self.parameters = [box for _, box in named]
         self._treedef: Any = None  # of gradients seen before, and where each parameter's is among their leaves
         self._order: list[int] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ModuleSource":
+        for leaf in filter(is_variable, jax.tree.leaves(self.module, is_leaf=is_nnx)):
+            memo.setdefault(id(leaf), leaf.copy())  # of one that is in no module, deepcopy makes a bare array
+        return ModuleSource(copy.deepcopy(self.module, memo))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -217,19 +241,21 @@ def source_of(params: Any) -> Source:
     """The source of what a user handed in as ``params`` of an optimizer or of one group.
 
     Raises:
-      TypeError: a single box, an unordered set, or something that holds no arrays at all.
+      TypeError: an unordered set, boxes inside a tree, arrays beside ``flax.nnx`` modules.
     """
     if isinstance(params, (set, frozenset)):
         raise TypeError(
             "optimizer parameters need to be organized in ordered collections, but the ordering in sets changes "
             f"between runs: use a list instead of {params!r}"
         )
-    if is_nnx(params):
-        return ModuleSource(params)
     if isinstance(params, (Iterator, KeysView, ValuesView, ItemsView)):
         params = list(params)
-    if isinstance(params, (list, tuple)) and any(map(_is_box_or_named, params)):
-        return BoxSource(params)
+    if isinstance(params, (list, tuple)):
+        boxes = list(map(_boxed, params))
+        if any(map(_is_box_or_named, boxes)):
+            return BoxSource(boxes)
+    if holds_nnx(params):
+        return ModuleSource(params)
     boxes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Parameter))
     if any(isinstance(leaf, Parameter) for leaf in boxes):
         raise TypeError(
@@ -237,6 +263,18 @@ def source_of(params: Any) -> Source:
             f"not inside a {type(params).__name__}; a dict of them can be given as its .items()"
         )
     return TreeSource(params)
+
+
+def is_single(params: Any) -> bool:
+    """Whether this is one parameter, a box or a ``flax.nnx`` variable, and nothing that has parameters."""
+    return isinstance(params, Parameter) or is_variable(params)
+
+
+def _boxed(item: Any) -> Any:
+    """The box of a variable, with its name where it has one; anything else as it is."""
+    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
+        return item[0], _boxed(item[1])
+    return box_of(item) if is_variable(item) else item
 
 
 def _is_box_or_named(item: Any) -> bool:

@@ -10,12 +10,27 @@ from jax import Array
 
 from optimjax.sparse import addressed, is_sparse
 
-__all__ = ["check_gradient", "dotted", "flatten_params", "is_inexact_array", "match", "names", "structure_error"]
+__all__ = [
+    "check_gradient",
+    "distinct_names",
+    "dotted",
+    "flatten_params",
+    "is_inexact_array",
+    "match",
+    "names",
+    "structure_error",
+]
 
 
 def dotted(path: Sequence[Any]) -> str:
     """A leaf's path as PyTorch writes names: ``layers.0.kernel``."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator=".")
+
+
+def distinct_names(paths: Sequence[Any]) -> list[str]:
+    """The dotted names of paths, or as JAX writes them where keys with dots in them make two the same."""
+    names = list(map(dotted, paths))
+    return names if len(set(names)) == len(names) else list(map(jax.tree_util.keystr, paths))
 
 
 def names(tree: Any) -> list[str]:

@@ -10,9 +10,9 @@ import jax
 from jax import Array
 
 from optimjax.parameter import Parameter, flatten, unflatten
-from optimjax.tree import is_inexact_array
+from optimjax.tree import dotted, is_inexact_array
 
-__all__ = ["VariableParameter", "is_nnx", "module_parameters", "nnx"]
+__all__ = ["VariableParameter", "box_of", "holds_nnx", "is_nnx", "is_variable", "module_parameters", "nnx"]
 
 
 class VariableParameter(Parameter):
@@ -20,7 +20,7 @@ class VariableParameter(Parameter):
 
     __slots__ = ("root", "variable")
 
-    def __init__(self, variable: Any, name: str, root: Any = None):
+    def __init__(self, variable: Any, name: str | None, root: Any = None):
         super().__init__(variable.get_value(), name=name)
         del self._value  # the variable has it
         self.variable = variable
@@ -50,7 +50,7 @@ class VariableParameter(Parameter):
                 for (_, box), (_, twin) in zip(module_parameters(module), copied, strict=True):
                     memo.setdefault(id(box), twin._like(box))
         if id(self) not in memo:
-            memo[id(self)] = VariableParameter(self.variable.copy(), str(self))._like(self)
+            memo[id(self)] = box_of(memo.setdefault(id(self.variable), self.variable.copy()), self.name)._like(self)
         return memo[id(self)]
 
     def _like(self, other: Parameter) -> "VariableParameter":
@@ -78,10 +78,19 @@ def nnx() -> Any:
     return sys.modules.get("flax.nnx")
 
 
+def is_variable(x: Any) -> bool:
+    """Whether this is a ``flax.nnx`` variable."""
+    return nnx() is not None and isinstance(x, nnx().Variable)
+
+
 def is_nnx(x: Any) -> bool:
     """Whether this is a ``flax.nnx`` module, container or variable."""
-    flax_nnx = nnx()
-    return flax_nnx is not None and isinstance(x, (flax_nnx.Pytree, flax_nnx.Variable))
+    return nnx() is not None and isinstance(x, (nnx().Pytree, nnx().Variable))
+
+
+def holds_nnx(tree: Any) -> bool:
+    """Whether there are such objects in a tree."""
+    return any(map(is_nnx, jax.tree.leaves(tree, is_leaf=is_nnx)))
 
 
 # The same variable always has the same box, so that `set(map(id, optim.parameters(module)))` selects as in PyTorch.
@@ -91,24 +100,40 @@ _boxes: "weakref.WeakValueDictionary[int, VariableParameter]" = weakref.WeakValu
 _keepers: "weakref.WeakKeyDictionary[Any, dict[int, VariableParameter]]" = weakref.WeakKeyDictionary()
 
 
-def _box_of(variable: Any, name: str, root: Any, owner: Any) -> VariableParameter:
+def box_of(variable: Any, name: str | None = None, root: Any = None, owner: Any = None) -> VariableParameter:
+    """The box of a variable: in the module ``root`` it has this name, the module in it that holds it is ``owner``."""
     box = _boxes.get(id(variable))
     if box is None:
         box = _boxes[id(variable)] = VariableParameter(variable, name, root)
-    elif name.count(".") > str(box).count("."):  # seen before from inside: the whole path is the better name
-        box.name, box.root = name, weakref.ref(root)
-    elif box.root() is None:  # unpickled
-        box.root = weakref.ref(root)
-    _keepers.setdefault(owner, {})[id(variable)] = box
+    elif root is not None:
+        if name and name.count(".") > (box.name or "").count("."):  # known from inside: the whole path says more
+            box.name, box.root = name, weakref.ref(root)
+        elif box.root() is None:  # unpickled, or known by itself
+            box.name, box.root = box.name or name, weakref.ref(root)
+    if owner is not None:
+        _keepers.setdefault(owner, {})[id(variable)] = box
     return box
 
 
-def module_parameters(module: Any) -> Iterator[tuple[str, VariableParameter]]:
-    """The floating parameters of a module, by dotted path; one that is held twice appears once."""
+def module_parameters(tree: Any) -> Iterator[tuple[str, VariableParameter]]:
+    """The floating parameters of a module, or of a tree of modules, by dotted path; one held twice appears once."""
+    seen = set()
+    for place, module in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_nnx)[0]:
+        for path, variable, owner in _variables(module):
+            if id(variable) not in seen and is_inexact_array(variable.get_value()):
+                seen.add(id(variable))
+                name = ".".join([dotted(place)] * bool(place) + list(map(str, path)))
+                yield name, box_of(variable, name, None if owner is None else module, owner)
+
+
+def _variables(module: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """The parameters of a module, or the one that is no module's: path, variable and the module that holds it."""
     flax_nnx = nnx()
+    if isinstance(module, flax_nnx.Param):
+        yield (), module, None
+    if not isinstance(module, flax_nnx.Pytree):
+        return
     nodes = {path: node for path, node in flax_nnx.iter_graph(module) if isinstance(node, flax_nnx.Pytree)}
-    # nnx.state orders and names variables as nnx.grad does; a variable held twice appears once.
+    # nnx.state orders and names variables as nnx.grad does.
     for path, variable in flax_nnx.to_flat_state(flax_nnx.state(module, flax_nnx.Param)):
-        owner = next(nodes[path[:end]] for end in range(len(path), -1, -1) if path[:end] in nodes)
-        if is_inexact_array(variable.get_value()):
-            yield ".".join(map(str, path)), _box_of(variable, ".".join(map(str, path)), module, owner)
+        yield path, variable, next(nodes[path[:end]] for end in range(len(path), -1, -1) if path[:end] in nodes)

@@ -1,0 +1,493 @@
+"""Every kind of JAX model handed to an optimizer: trees of every class, Equinox, ``flax.nnx``, tied parameters."""
+
+import copy
+import dataclasses
+import itertools
+import pickle
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx, struct
+from flax.core import freeze
+
+import optimjax as optim
+
+X = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
+KERNEL = np.random.default_rng(1).normal(size=(2, 3)).astype(np.float32)
+BIAS = np.random.default_rng(2).normal(size=3).astype(np.float32)
+
+
+def names_of(optimizer: Any) -> list[str]:
+    return [name for group in optimizer.param_groups for name in group["param_names"]]
+
+
+# --- Trees of every class -------------------------------------------------------------------------------------------
+
+
+class Named(NamedTuple):
+    kernel: Any
+    bias: Any = None
+
+
+@chex.dataclass
+class Chex:
+    kernel: Any
+    bias: Any
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class FrozenChex:
+    kernel: Any
+    bias: Any
+
+
+@struct.dataclass
+class Struct:
+    kernel: Any
+    bias: Any
+    label: str = struct.field(pytree_node=False, default="static")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Registered:
+    kernel: Any
+    bias: Any
+
+
+@jax.tree_util.register_pytree_node_class
+class Nameless:
+    """A node that says nothing of its keys."""
+
+    def __init__(self, kernel: Any, bias: Any):
+        self.kernel, self.bias = kernel, bias
+
+    def tree_flatten(self) -> Any:
+        return (self.kernel, self.bias), None
+
+    @classmethod
+    def tree_unflatten(cls, aux: Any, children: Any) -> Any:
+        return cls(*children)
+
+
+class Partitioned(linen.Module):
+    @linen.compact
+    def __call__(self, x: Any) -> Any:
+        ones = linen.initializers.ones
+        return linen.Dense(3, kernel_init=linen.with_partitioning(ones, ("a", "b")), bias_init=ones)(x)
+
+
+def make(cls: Any, **fields: Any) -> Any:
+    """Pyright sees no constructor of dataclasses that other decorators make."""
+    return cls(**fields)
+
+
+TREES = {
+    "FrozenDict": (freeze({"a": {"kernel": KERNEL, "bias": BIAS}}), ["a.bias", "a.kernel"]),
+    "NamedTuple": ((Named(KERNEL), [Named(BIAS)]), ["0.kernel", "1.0.kernel"]),
+    "chex": (make(Chex, kernel=KERNEL, bias={"x": BIAS}), ["bias.x", "kernel"]),
+    "frozen chex": (make(FrozenChex, kernel=KERNEL, bias=(BIAS,)), ["bias.0", "kernel"]),
+    "struct": (make(Struct, kernel=KERNEL, bias=[BIAS]), ["kernel", "bias.0"]),
+    "dataclass": ({"layers": [Registered(KERNEL, BIAS)]}, ["layers.0.kernel", "layers.0.bias"]),
+    "own node": ([Nameless(KERNEL, BIAS)], ["0.0", "0.1"]),
+    "integers": ({0: KERNEL, 1: {2: BIAS}}, ["0", "1.2"]),
+    "haiku": ({"net/~/linear": {"w": KERNEL, "b": BIAS}}, ["net/~/linear.b", "net/~/linear.w"]),
+    "dots in keys": ({"a.b": KERNEL, "a": {"b": BIAS}}, ["['a']['b']", "['a.b']"]),
+    "linen metadata": (
+        Partitioned().init(jax.random.key(0), X),
+        ["params.Dense_0.bias", "params.Dense_0.kernel.value"],
+    ),
+    "one array": (jnp.asarray(KERNEL), [""]),
+    "a number": (jnp.array(2.0), [""]),
+    "the same array twice": ((lambda array: {"a": array, "b": array})(jnp.asarray(BIAS)), ["a", "b"]),
+}
+
+
+def sum_of_squares(tree: Any, scale: Any = 1.0) -> Any:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]
+    return scale * sum(jnp.sum(jnp.square(jnp.abs(leaf.astype(jnp.result_type(leaf, jnp.float32))))) for leaf in leaves)
+
+
+@pytest.mark.parametrize(("tree", "names"), TREES.values(), ids=TREES)
+def test_trees_keep_their_classes_and_have_dotted_names(tree: Any, names: list[str]) -> None:
+    optimizer, by_grads = optim.Adam(tree, lr=0.1), optim.Adam(tree, lr=0.1)
+    assert names_of(optimizer) == names
+    for step in range(2):
+        if step:
+            optimizer.zero_grad()
+            optimizer.backward(sum_of_squares)
+            optimizer.step()
+        else:
+            optimizer.step(sum_of_squares)
+        by_grads.step(jax.grad(sum_of_squares)(by_grads.params))
+        assert type(optimizer.params) is type(by_grads.params)
+        assert jax.tree.structure(optimizer.params) == jax.tree.structure(tree)  # with what is static in it
+        for ours, other, old in zip(*map(jax.tree.leaves, (optimizer.params, by_grads.params, tree)), strict=True):
+            np.testing.assert_allclose(ours, other, rtol=1e-6)
+            assert ours.dtype == old.dtype
+            assert not np.any(ours == old)  # each leaf for itself, also of one array that is there twice
+    twin = optim.Adam(tree, lr=0.1)
+    twin.load_state_dict(optimizer.state_dict())
+    assert [float(entries["step"]) for entries in twin.state.values()] == [2] * len(names)
+
+
+def test_every_floating_dtype_in_one_tree() -> None:
+    tree = {
+        "bfloat16": jnp.ones(2, jnp.bfloat16),
+        "complex64": jnp.array([1 + 2j, 3.0], jnp.complex64),
+        "empty": jnp.ones((0, 3)),
+        "float16": jnp.ones((2, 2), jnp.float16),
+        "float32": np.ones(3, np.float32),
+        "scalar": np.float32(1.0),
+        "steps": np.arange(3),
+        "mask": jnp.array([True]),
+        "key": jax.random.key(0),
+    }
+    optimizer = optim.AdamW(tree, lr=0.125)
+    assert names_of(optimizer) == ["bfloat16", "complex64", "empty", "float16", "float32", "scalar"]
+    assert np.isfinite(optimizer.step(sum_of_squares))
+    optimizer.backward(sum_of_squares)
+    for box in optimizer.param_groups[0]["params"]:
+        assert (box.grad.dtype, box.grad.shape) == (box.dtype, box.shape)
+    optimizer.step()
+    after = optimizer.params
+    for name in names_of(optimizer):
+        assert (after[name].dtype, after[name].shape) == (tree[name].dtype, tree[name].shape)
+        assert np.all(np.abs(np.asarray(after[name], np.complex64)) < np.abs(np.asarray(tree[name], np.complex64)))
+    assert all(after[name] is tree[name] for name in ("steps", "mask", "key"))
+
+
+def test_a_gradient_of_bfloat16_is_pytorchs(torch: Any) -> None:
+    values = np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
+    w, x = (jnp.asarray(v, jnp.bfloat16) for v in values)
+    optimizer = optim.SGD({"w": w}, lr=0.1)
+    for _ in range(2):
+        optimizer.backward(lambda params, x: jnp.sum((params["w"] * x) ** 2), x)
+    theirs, their_x = (torch.tensor(np.asarray(v, np.float32)).bfloat16() for v in (w, x))
+    theirs.requires_grad_()
+    for _ in range(2):
+        ((theirs * their_x) ** 2).sum().backward()
+    (box,) = optimizer.param_groups[0]["params"]
+    assert box.grad.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(box.grad, np.float32), theirs.grad.float().numpy(), rtol=2**-7)
+
+
+@pytest.mark.parametrize(
+    ("params", "found"),
+    [
+        (linen.Dense(3), "Dense"),
+        (nnx.Linear, "ModuleMeta"),
+        ({"w": 1.0}, "dict"),
+        (3.0, "float"),
+        (jax.ShapeDtypeStruct((2,), np.float32), "ShapeDtypeStruct"),
+        ([nnx.Dropout(0.5)], "list"),
+    ],
+    ids=["linen module", "class", "Python number", "number", "shape", "layers without parameters"],
+)
+def test_what_holds_no_arrays_is_named(params: Any, found: str) -> None:
+    with pytest.raises(ValueError, match=f"empty parameter list: no floating array in this {found}"):
+        optim.SGD(params, lr=0.1)
+
+
+# --- Equinox --------------------------------------------------------------------------------------------------------
+
+
+class Equinox(eqx.Module):
+    """Layers whose plain numbers are leaves, arrays that are no parameters, a static field."""
+
+    conv: eqx.nn.Conv1d
+    pool: eqx.nn.MaxPool1d
+    norm: eqx.nn.LayerNorm
+    dropout: eqx.nn.Dropout
+    head: eqx.nn.Linear
+    activation: Callable[..., Any]
+    mask: Any
+    bins: Any
+    repeats: int
+    rate: float
+    residual: bool
+    label: str = eqx.field(static=True)
+
+    def __init__(self, key: Any):
+        first, second = jax.random.split(key)
+        self.conv = eqx.nn.Conv1d(1, 2, 3, key=first)
+        self.pool = eqx.nn.MaxPool1d(2, stride=2)
+        self.norm = eqx.nn.LayerNorm(3)
+        self.dropout = eqx.nn.Dropout(0.5)
+        self.head = eqx.nn.Linear(3, 2, key=second)
+        self.activation, self.mask, self.bins = jnp.tanh, jnp.array([True, False, True]), jnp.arange(3)
+        self.repeats, self.rate, self.residual, self.label = 2, 0.5, True, "net"
+
+    def __call__(self, x: Any, key: Any) -> Any:
+        x = self.norm(self.pool(self.conv(x))[0]) * self.mask
+        for _ in range(self.repeats):
+            x = x + self.activation(x) if self.residual else self.activation(x)
+        return self.head(self.dropout(x, key=key)) * self.rate + self.bins[1]
+
+
+def equinox_loss(model: Any, x: Any, key: Any) -> Any:
+    return jnp.mean(jax.vmap(model, in_axes=(0, None))(x, key) ** 2)
+
+
+@pytest.mark.parametrize("form", ["backward", "loss", "grads"])
+def test_an_equinox_module_trains_as_by_hand(form: str) -> None:
+    model = expected = Equinox(jax.random.key(0))
+    optimizer = optim.SGD(model, lr=0.1)
+    layers = ["conv.weight", "conv.bias", "norm.weight", "norm.bias", "head.weight", "head.bias"]
+    assert names_of(optimizer) == layers
+    x = np.random.default_rng(0).normal(size=(3, 1, 8)).astype(np.float32)
+    for step in range(3):
+        key = jax.random.key(step)
+        loss, grads = eqx.filter_value_and_grad(equinox_loss)(expected, x, key)
+        expected = eqx.apply_updates(expected, jax.tree.map(lambda grad: -0.1 * grad, grads))
+        if form == "grads":
+            optimizer.step(eqx.filter_grad(equinox_loss)(optimizer.params, x, key))
+        elif form == "loss":
+            np.testing.assert_allclose(optimizer.step(equinox_loss, x, key), loss, rtol=1e-5)
+        else:
+            optimizer.zero_grad()
+            np.testing.assert_allclose(optimizer.backward(equinox_loss, x, key), loss, rtol=1e-5)
+            optimizer.step()
+        trained = optimizer.params
+        assert jax.tree.structure(trained) == jax.tree.structure(model)
+        for ours, theirs, old in zip(*map(jax.tree.leaves, (trained, expected, model)), strict=True):
+            if eqx.is_inexact_array(old):
+                np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+            else:
+                assert ours is old
+
+
+def test_plain_numbers_of_a_model_are_compiled_in_and_told_apart() -> None:
+    """Also `True` and 1, which are equal."""
+    loss = lambda params: params["w"] if params["sign"] is True else -params["w"]  # noqa: E731
+    positive = optim.SGD({"w": jnp.array(2.0), "sign": True}, lr=1.0)
+    negative = optim.SGD({"w": jnp.array(2.0), "sign": 1}, lr=1.0)
+    assert [float(positive.step(loss)), float(negative.step(loss))] == [2, -2]
+    assert [float(o.params["w"]) for o in (positive, negative)] == [1, 3]
+
+
+# --- nnx: containers of every kind ----------------------------------------------------------------------------------
+
+
+def layers() -> list[Any]:
+    rngs = nnx.Rngs(0)
+    return [nnx.Linear(2, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs), nnx.Linear(3, 2, rngs=rngs)]
+
+
+class Whole(nnx.Module):
+    def __init__(self) -> None:
+        self.layers = nnx.List(layers())
+
+
+def as_state() -> Any:
+    return nnx.state(nnx.List(layers()), nnx.Param)
+
+
+def state_loss(state: Any, x: Any) -> Any:
+    graphdef, _, rest = nnx.split(nnx.List(layers()), nnx.Param, ...)
+    return chain_loss(nnx.merge(graphdef, state, rest), x)
+
+
+def chain_loss(parts: Any, x: Any) -> Any:
+    for layer in parts:
+        x = layer(x)
+    return jnp.mean((x - 1) ** 2)
+
+
+IN_ORDER = ["0.bias", "0.kernel", "1.bias", "1.scale", "2.bias", "2.kernel"]
+CONTAINERS: dict[str, Any] = {
+    "list": (layers, chain_loss, IN_ORDER),
+    "tuple": (lambda: tuple(layers()), chain_loss, IN_ORDER),
+    "dict": (
+        lambda: dict(zip("abc", layers(), strict=True)),
+        lambda parts, x: chain_loss(parts.values(), x),
+        ["a.bias", "a.kernel", "b.bias", "b.scale", "c.bias", "c.kernel"],
+    ),
+    "NamedTuple": (
+        lambda: Named(layers()[0], layers()[1:]),
+        lambda parts, x: chain_loss([parts.kernel, *parts.bias], x),
+        ["kernel.bias", "kernel.kernel", "bias.0.bias", "bias.0.scale", "bias.1.bias", "bias.1.kernel"],
+    ),
+    "nnx.List": (lambda: nnx.List(layers()), chain_loss, IN_ORDER),
+    "nnx.Dict": (
+        lambda: nnx.Dict(zip("abc", layers(), strict=True)),
+        lambda parts, x: chain_loss([parts["a"], parts["b"], parts["c"]], x),
+        ["a.bias", "a.kernel", "b.bias", "b.scale", "c.bias", "c.kernel"],
+    ),
+    "nnx.Sequential": (
+        lambda: nnx.Sequential(*layers()),
+        lambda model, x: chain_loss([model], x),
+        [f"layers.{name}" for name in IN_ORDER],
+    ),
+    "attribute": (Whole, lambda model, x: chain_loss(model.layers, x), [f"layers.{name}" for name in IN_ORDER]),
+    "state": (as_state, state_loss, IN_ORDER),
+}
+
+
+def arrays_of(params: Any) -> list[np.ndarray]:
+    """By value, for a copy must not see what happens to the variables."""
+    return [np.array(box) for box in optim.parameters(params)]
+
+
+@pytest.fixture(scope="module")
+def trained() -> list[np.ndarray]:
+    """What three steps by hand make of the layers."""
+    parts = layers()
+    for _ in range(3):
+        _, grads = nnx.value_and_grad(lambda parts: chain_loss(parts, X), has_aux=False)(parts)
+        for part, grad in zip(parts, grads, strict=True):
+            nnx.update(part, jax.tree.map(lambda p, g: p - 0.1 * g, nnx.state(part, nnx.Param), grad))
+    return arrays_of(parts)
+
+
+@pytest.mark.parametrize("form", ["backward", "loss", "grads"])
+@pytest.mark.parametrize(("make", "loss", "names"), CONTAINERS.values(), ids=CONTAINERS)
+def test_modules_in_every_container_are_updated_in_place(
+    make: Any, loss: Any, names: list[str], form: str, trained: Any
+) -> None:
+    params = make()
+    optimizer = optim.SGD(params, lr=0.1)
+    assert optimizer.params is params
+    assert names_of(optimizer) == names == [name for name, _ in optim.named_parameters(params)]
+    for _ in range(3):
+        if form == "grads":
+            optimizer.step((jax.grad if make is as_state else nnx.grad)(loss)(params, X))
+        elif form == "loss":
+            optimizer.step(loss, X)
+        else:
+            optimizer.zero_grad()
+            optimizer.backward(loss, X)
+            optimizer.step()
+    for ours, theirs in zip(arrays_of(params), trained, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+@pytest.mark.parametrize(("make", "loss"), [entry[:2] for entry in CONTAINERS.values()], ids=CONTAINERS)
+def test_a_copy_has_modules_of_its_own_in_every_container(make: Any, loss: Any, duplicate: Any) -> None:
+    optimizer = optim.Adam(make(), lr=0.1)
+    optimizer.step(loss, X)
+    twin = duplicate(optimizer)
+    before = arrays_of(optimizer.params)
+    twin.step(loss, X)
+    for array, now in zip(before, arrays_of(optimizer.params), strict=True):
+        np.testing.assert_array_equal(array, now)
+    optimizer.step(loss, X)
+    for ours, theirs in zip(arrays_of(twin.params), arrays_of(optimizer.params), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_groups_of_lists_of_layers() -> None:
+    first, norm, last = layers()
+    optimizer = optim.SGD([{"params": [first, norm]}, {"params": last, "lr": 0.01}], lr=0.1)
+    assert names_of(optimizer) == ["0.bias", "0.kernel", "1.bias", "1.scale", "bias", "kernel"]
+    before = arrays_of([first, norm, last])
+    optimizer.backward(lambda groups, x: chain_loss([*groups[0], groups[1]], x), X)
+    grads = [np.asarray(box.grad) for box in optim.parameters([first, norm, last])]
+    optimizer.step()
+    for now, old, grad, rate in zip(arrays_of([first, norm, last]), before, grads, [0.1] * 4 + [0.01] * 2, strict=True):
+        np.testing.assert_allclose(now, old - np.float32(rate) * grad, rtol=1e-6)
+
+
+def test_rules_choose_among_layers_in_a_list() -> None:
+    parts = layers()
+    groups = optim.group_parameters(parts, [{"params": "1.*", "requires_grad": False}, {"params": "*.bias", "lr": 1.0}])
+    optimizer = optim.SGD(groups, lr=0.1)
+    assert [group["param_names"] for group in optimizer.param_groups] == [
+        ["0.bias", "2.bias"],
+        ["0.kernel", "2.kernel"],
+    ]
+    assert optimizer.params is parts
+    before = arrays_of(parts[1])
+    optimizer.step(chain_loss, X)
+    for array, now in zip(before, arrays_of(parts[1]), strict=True):
+        np.testing.assert_array_equal(array, now)
+
+
+def test_arrays_beside_modules_are_refused() -> None:
+    """They would have to be updated in a copy, and the modules in place."""
+    for params in ([*layers(), jnp.ones(2)], {"net": layers()[0], "3": np.ones(2)}):
+        with pytest.raises(
+            TypeError, match=r"parameter '3' is an array beside flax\.nnx modules.* make it an nnx\.Param"
+        ):
+            optim.SGD(params, lr=0.1)
+
+
+# --- nnx: variables as parameters -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hand_in", "names"),
+    [
+        (lambda net: [net.layers[0].kernel, net.layers[2].bias], None),
+        (lambda net: (variable for variable in (net.layers[0].kernel, net.layers[2].bias)), None),
+        (lambda net: [("first", net.layers[0].kernel), ("last", net.layers[2].bias)], [["first", "last"]]),
+        (lambda net: {"first": net.layers[0].kernel, "last": net.layers[2].bias}.items(), [["first", "last"]]),
+        (lambda net: [{"params": net.layers[0].kernel}, {"params": [net.layers[2].bias], "lr": 0.1}], None),
+        (lambda net: [net.layers[0].kernel, dict(optim.named_parameters(net))["layers.2.bias"]], None),
+    ],
+    ids=["list", "generator", "named", "items", "groups", "beside a box"],
+)
+def test_variables_are_parameters_as_their_boxes_are(hand_in: Any, names: Any) -> None:
+    """As in `SGD([model.fc.weight, model.fc.bias])`."""
+    net = Whole()
+    optimizer = optim.SGD(hand_in(net), lr=0.1)
+    boxes = dict(optim.named_parameters(net))
+    chosen = [boxes["layers.0.kernel"], boxes["layers.2.bias"]]
+    assert list(itertools.chain(*(group["params"] for group in optimizer.param_groups))) == chosen
+    assert [str(box) for box in chosen] == [
+        "layers.0.kernel",
+        "layers.2.bias",
+    ]  # known by the module's path from now on
+    assert names is None or [group["param_names"] for group in optimizer.param_groups] == names
+    before = {name: np.array(box) for name, box in boxes.items()}
+    loss = lambda net, x: chain_loss(net.layers, x)  # noqa: E731
+    optimizer.backward(loss, net, X)
+    assert {name for name, box in boxes.items() if box.grad is not None} == {"layers.0.kernel", "layers.2.bias"}
+    optimizer.step()
+    for name, box in boxes.items():
+        expected = before[name] if box.grad is None else before[name] - np.float32(0.1) * np.asarray(box.grad)
+        np.testing.assert_allclose(box.value, expected, rtol=1e-6)
+
+
+def test_variables_that_are_no_list_of_parameters() -> None:
+    net = Whole()
+    with pytest.raises(TypeError, match="got a single Param"):
+        optim.SGD(net.layers[0].kernel, lr=0.1)
+    with pytest.raises(TypeError, match="must be a floating array, got int32"):
+        optim.SGD([nnx.Param(jnp.arange(2))], lr=0.1)
+    with pytest.raises(TypeError, match="can only optimize Parameters, but one of the params is Linear"):
+        optim.SGD([net.layers[0], net.layers[2].kernel], lr=0.1)
+
+
+# --- Tied parameters ------------------------------------------------------------------------------------------------
+
+
+def test_layers_that_share_a_variable_have_one_parameter() -> None:
+    first, _, last = layers()
+    second = nnx.Linear(2, 3, rngs=nnx.Rngs(1))
+    second.kernel = first.kernel
+    loss = lambda parts, x: jnp.mean((parts[0](x) * parts[1](x)) ** 2)  # noqa: E731
+    optimizer = optim.SGD([first, second, first, last], lr=0.1)
+    assert names_of(optimizer) == ["0.bias", "0.kernel", "1.bias", "3.bias", "3.kernel"]
+    expected = jax.grad(lambda kernel: jnp.mean(((X @ kernel) * (X @ kernel)) ** 2))(first.kernel[...])
+    old = np.array(first.kernel)
+    optimizer.backward(loss, X)
+    np.testing.assert_allclose(dict(optim.named_parameters(first))["kernel"].grad, expected, rtol=1e-4)
+    optimizer.step()
+    np.testing.assert_allclose(first.kernel[...], old - 0.1 * expected, rtol=1e-5)
+    assert second.kernel is first.kernel
+    with pytest.raises(ValueError, match=r"in more than one parameter group: 0\.kernel"):
+        optim.SGD([{"params": first}, {"params": second}], lr=0.1)
+
+
+@pytest.mark.parametrize("given", [lambda w: [w, w], lambda w: [("a", w), ("b", w)]], ids=["twice", "two names"])
+def test_one_box_under_two_names_is_refused_by_name(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"appears more than once of param_groups\[0\]: w$"):
+        optim.SGD(given(optim.Parameter(1.0, name="w")), lr=0.1)
