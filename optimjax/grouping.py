@@ -25,6 +25,10 @@ class ParameterGroups(list[dict[str, Any]]):
         self.source = source
         self.frozen = frozen
 
+    def __repr__(self) -> str:
+        groups = [group | {"params": _names(group.get("params"))} for group in self]
+        return f"ParameterGroups({groups}, frozen={_names(self.frozen)})"
+
 
 def group_parameters(params: Any, rules: Sequence[Mapping[str, Any]]) -> ParameterGroups:
     """Sort the parameters of a tree or module into groups, by name.
@@ -49,8 +53,8 @@ def group_parameters(params: Any, rules: Sequence[Mapping[str, Any]]) -> Paramet
     >>> groups = optim.group_parameters(
     ...     params, [{"params": "base.b", "requires_grad": False}, {"params": "base.*", "lr": 0.1}]
     ... )
-    >>> [group["params"][0][0] for group in groups], groups.frozen[0][0]
-    (['base.w', 'head.w'], 'base.b')
+    >>> groups
+    ParameterGroups([{'lr': 0.1, 'params': ['base.w']}, {'params': ['head.w']}], frozen=['base.b'])
     >>> optimizer = optim.SGD(groups, lr=1.0)
     >>> optimizer.step({"base": {"w": jnp.ones(2), "b": None}, "head": {"w": jnp.ones(2)}})
     >>> print(optimizer.params["base"]["w"], optimizer.params["base"]["b"], optimizer.params["head"]["w"])
@@ -85,6 +89,11 @@ def group_parameters(params: Any, rules: Sequence[Mapping[str, Any]]) -> Paramet
     for box, wanted in grads.items():
         box.requires_grad = wanted
     return ParameterGroups(groups, source, frozen)
+
+
+def _names(params: Any) -> Any:
+    """Names alone, for arrays would hide what went where; what the user has added himself as it is."""
+    return [item[0] if isinstance(item, tuple) else item for item in params] if isinstance(params, list) else params
 
 
 def _matcher(pattern: Any, where: str) -> Callable[[str, Any], Any]:

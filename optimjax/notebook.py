@@ -2,6 +2,7 @@
 
 import html
 import inspect
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -21,8 +22,8 @@ def table(optimizer: "Optimizer") -> str:
     Options that every group has as PyTorch's default are left out, but for the learning rate.
     """
     groups = optimizer.param_groups
-    keys = [key for key in groups[0] if key not in ("params", "param_names", "name")]
-    usual = _usual(type(optimizer))
+    keys = [key for key in dict.fromkeys(itertools.chain(*groups)) if key not in ("params", "param_names", "name")]
+    usual = optimizer.defaults | _usual(type(optimizer))  # an option that no argument sets is what it is
     shown = [key for key in keys if key == "lr" or any(_text(g.get(key)) != _text(usual.get(key)) for g in groups)]
     header = ["group", "parameters", "elements", "state bytes", *shown]
     rows = []
@@ -31,10 +32,10 @@ def table(optimizer: "Optimizer") -> str:
         state = sum(optimizer.state[box].nbytes for box in boxes if box in optimizer.state)
         cells = [
             str(group.get("name", index)),
-            _names(group.get("param_names") or [str(box) for box in boxes]),
+            _names(group.get("param_names") or [box.name or str(box.shape) for box in boxes]),
             f"{sum(box.size for box in boxes):,}",
             f"{state:,}",
-            *(_text(group.get(key)) for key in shown),
+            *(_text(group[key]) if key in group else "" for key in shown),
         ]
         rows.append(cells)
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)

@@ -148,3 +148,12 @@ def test_names_are_needed_and_options_are_the_optimizers() -> None:
         optim.SGD(optim.group_parameters(tree(), [{"params": "base.*", "momentun": 0.9}]))
     with pytest.raises(ValueError, match="empty parameter list"):
         optim.SGD(optim.group_parameters(tree(), [{"params": "*", "requires_grad": False}]))
+
+
+def test_groups_are_shown_by_their_names_whatever_was_added_to_them() -> None:
+    groups = optim.group_parameters(tree(), [{"params": "base.*", "lr": 0.1}])
+    assert "'params': ['base." in repr(groups)
+    assert "Array" not in repr(groups)
+    groups += [{"params": [optim.Parameter(1.0, name="w")]}, {"params": {"v": 1.0}}, {}]
+    assert "Parameter('w'" in repr(groups)
+    assert "{'v': 1.0}" in repr(groups)

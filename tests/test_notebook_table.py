@@ -39,3 +39,13 @@ def test_looking_does_not_cost_a_copy() -> None:
     state = optimizer.state[optimizer.param_groups[0]["params"][0]]
     assert state.place is not None
     np.testing.assert_array_equal(state["momentum_buffer"], np.ones(4))
+
+
+def test_options_of_any_group_are_shown_and_those_that_nobody_can_set_are_not() -> None:
+    optimizer = optim.AdamW([optim.Parameter(jnp.ones((2, 3))), optim.Parameter(1.0, name="w")])
+    optimizer.add_param_group({"params": [], "initial_lr": 0.5})
+    assert cells(optimizer) == [
+        ["group", "parameters", "elements", "state bytes", "lr", "initial_lr"],
+        ["0", "(2, 3), w", "7", "0", "0.001", ""],
+        ["1", "", "0", "0", "0.001", "0.5"],
+    ]
