@@ -163,8 +163,10 @@ class Optimizer:
         given = param_group["params"]
         source = source_of([given] if is_single(given) else given)
         group: dict[str, Any] = {**self.defaults, **param_group, "params": list(source.parameters)}
-        if source.names is not None:
-            group["param_names"] = list(source.names)
+        # A group without parameters, which has neither names nor lacks them, is as those before it.
+        named = [other for other in self.param_groups if "param_names" in other]
+        if source.names is not None if source.parameters else named:
+            group["param_names"] = list(source.names or ())
         for name in param_group.keys() - self.hyperparameters.kinds.keys() - self.defaults.keys():
             if name not in ("params", "param_names", "name") and not name.startswith("initial_"):
                 raise TypeError(f"unknown option {name!r}{where}: {type(self).__name__} knows {sorted(self.defaults)}")
@@ -182,7 +184,7 @@ class Optimizer:
         if twice:
             raise ValueError(f"some parameters appear in more than one parameter group: {', '.join(twice)}")
         for other in self.param_groups:
-            if ("param_names" in other) != ("param_names" in group):
+            if other["params"] and ("param_names" in other) != ("param_names" in group):
                 with_or_without = "with names" if "param_names" in group else "without names"
                 raise ValueError(
                     "all optimizer param groups should be with/without names. "

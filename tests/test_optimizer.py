@@ -1313,3 +1313,21 @@ def test_a_rule_that_refuses_a_parameter_names_it() -> None:
     for make in (Batched, optim.functional.factory(Batched)().init):
         with pytest.raises(ValueError, match=r"only matrices, got shape \(2,\) \('bias'\)"):
             make(params)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_group_may_be_empty(named: bool, first: bool) -> None:
+    """In PyTorch only among groups without names."""
+    box = optim.Parameter(1.0)
+    groups = [{"params": [("w", box)] if named else [box]}, {"params": [], "lr": 0.5}]
+    optimizer = optim.Adam(groups[::-1] if first else groups, lr=0.1)
+    scheduler = optim.lr_scheduler.StepLR(optimizer, 1)
+    box.grad = 1.0
+    optimizer.step()
+    scheduler.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.add_param_group({"params": [("v", optim.Parameter(1.0))] if named else [optim.Parameter(1.0)]})
+    optimizer.step()
+    assert [len(group["params"]) for group in optimizer.param_groups] == ([0, 1, 1] if first else [1, 0, 1])
+    assert "<td>0</td>" in optimizer._repr_html_()
