@@ -503,13 +503,15 @@ class Optimizer:
         return keys
 
     def _slot_shapes(self, group: Mapping[str, Any], where: str) -> Callable[[Parameter], dict[str, Any]] | None:
-        """For a parameter the shape of each slot that it has in this group, ``None`` for one it has not."""
+        """For a parameter the shape of each slot that it has in this loaded group, ``None`` for one it has not."""
         rule = self.rule
+        self.hyperparameters.check_structural(group)
         if rule is None:
             return None
         hyper, flags = self._resolve(group, where)
 
         def shapes(box: Parameter) -> dict[str, Any]:
+            check_param(rule, box.value, flags, box.__str__)
             slots = jax.eval_shape(lambda value: rule.init(value, hyper, flags), box.value)
             return {name: getattr(slot, "shape", None) for name, slot in slots._asdict().items()}
 

@@ -178,12 +178,20 @@ class Numeric:
 
 @dataclass(frozen=True)
 class Structural:
-    """Decides what is stored or which code runs; one value for all parameters, compiled in."""
+    """Decides what is stored or which code runs; one value for all parameters, compiled in.
+
+    Attributes:
+      legal: ``legal(name, value)`` raises PyTorch's error for an illegal value.
+    """
+
+    legal: Callable[[str, Any], None] | None = None
 
     def check(self, name: str, value: Any) -> None:
-        """Raise for a value that cannot be compiled in."""
-        if isinstance(value, (jax.Array, np.ndarray)) or callable(value):
+        """Raise for a value that is illegal or cannot be compiled in."""
+        if isinstance(value, (jax.Array, np.ndarray)) or callable(value) or not _is_hashable(_hashable(value)):
             raise TypeError(f"{name} decides what is compiled: it must be a plain Python value, got {value!r}")
+        if self.legal is not None:
+            self.legal(name, value)
 
 
 @dataclass(frozen=True)
@@ -195,6 +203,13 @@ class Ignored:
 
 
 Kind = Numeric | Structural | Ignored
+
+
+def true_or_false(name: str, value: Any) -> None:
+    """Raise for what is no flag; like PyTorch it takes 0 and 1."""
+    if not isinstance(value, (int, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
 
 # What a numeric hyperparameter may be. The facade takes numbers and arrays only; the functional core also takes
 # schedules and trees of these.
@@ -216,7 +231,7 @@ _BETAS = tuple(
 Pair = Annotated[_Pair, Numeric(items=(Numeric(), Numeric()))]
 Betas = Annotated[_Pair, Numeric(items=_BETAS)]
 BetasAlike = Annotated[_Pair, Numeric(items=_BETAS, alike=True)]
-Flag = Annotated[bool, Structural()]
+Flag = Annotated[bool, Structural(true_or_false)]
 Foreach = Annotated[bool | None, Ignored()]
 Fused = Annotated[bool | None, Ignored()]
 Capturable = Annotated[bool, Ignored()]
@@ -277,6 +292,12 @@ class Hyperparameters:
         if rule is not None and rule.check is not None:
             rule.check(self.hyper(values), self.fixed_flags(values))
 
+    def check_structural(self, values: Mapping[str, Any]) -> None:
+        """Raise for the first illegal value of those that are compiled in."""
+        for name in self._structural:
+            if name in values:
+                self.kinds[name].check(name, values[name])
+
     def hyper(self, values: Mapping[str, Any]) -> Any:
         """What ``init`` and ``scalars`` of a rule receive."""
         return self._hyper._make(values[name] for name in self._hyper._fields)
@@ -294,6 +315,14 @@ class Hyperparameters:
         return self.flags({**values, **on})._replace(**{name: on[name] for name in self._skips})
 
 
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
 def _hashable(value: Any) -> Any:
     """Tuples in place of lists, which checkpoints make of them."""
     return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
@@ -305,7 +334,7 @@ def _kind_of(default: Any) -> Kind:
         return Numeric(items=(Numeric(),) * len(default))
     if default is inspect.Parameter.empty or (_is_number(default) and not isinstance(default, bool)):
         return Numeric()
-    return Structural()
+    return Structural(true_or_false if isinstance(default, bool) else None)
 
 
 # --- Arithmetic shared by the rules ---------------------------------------------------------------------------------

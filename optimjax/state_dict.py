@@ -61,25 +61,9 @@ def load(optimizer: "Optimizer", state_dict: Mapping[str, Any], strict: bool = T
     Parameters are matched by name where both sides have names, else by order. Unless ``strict``, what has no match is
     left as it is.
     """
-    if not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError(f"a state dict has the keys 'state' and 'param_groups', got {sorted(map(str, state_dict))}")
-    saved_groups = []
-    for index, saved in enumerate(state_dict["param_groups"]):
-        saved_groups.append({key: plain(value, optimizer.defaults.get(key)) for key, value in saved.items()})
-        if "params" not in saved:
-            raise ValueError(f"loaded state dict has no 'params' in param_groups[{index}], only {sorted(saved)}")
-        if len(saved.get("param_names", saved["params"])) != len(saved["params"]):
-            raise ValueError(
-                f"loaded state dict has {len(saved['param_names'])} names for {len(saved['params'])} parameters in "
-                f"param_groups[{index}]"
-            )
-
+    saved_groups = _groups(state_dict, optimizer.defaults)
     ids, keys = (_matched if strict else _found)(optimizer.param_groups, saved_groups)
-    known = {str(saved_id) for saved in saved_groups for saved_id in saved["params"]}
-    unknown = [key for key in state_dict["state"] if str(key) not in known]
-    if unknown:
-        raise ValueError(f"loaded state dict has state for parameters that are in none of its groups: {unknown}")
-
+    saved_state = _state(state_dict, saved_groups)
     groups: list[dict[str, Any]] = []
     state: dict[Parameter, Mapping[str, Any]] = {}
     for index, (group, ids_of_group) in enumerate(zip(optimizer.param_groups, ids, strict=True)):
@@ -99,7 +83,7 @@ def load(optimizer: "Optimizer", state_dict: Mapping[str, Any], strict: bool = T
             if saved_id is None:
                 state[box] = optimizer.state.get(box, {})
                 continue
-            entries = state_dict["state"].get(saved_id, state_dict["state"].get(str(saved_id)))
+            entries = saved_state.get(str(saved_id))
             try:
                 state[box] = _entries(optimizer, box, entries, shapes) if entries else {}
             except _ShapeError:
@@ -118,6 +102,46 @@ def load(optimizer: "Optimizer", state_dict: Mapping[str, Any], strict: bool = T
     for box, entries in state.items():
         optimizer.state[box].update(entries)
     return keys
+
+
+def _groups(state_dict: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The saved groups, with plain values."""
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(f"a state dict has the keys 'state' and 'param_groups', got {sorted(map(str, state_dict))}")
+    if not isinstance(state_dict["param_groups"], (list, tuple)):
+        raise ValueError(f"'param_groups' of a state dict is a list, got {state_dict['param_groups']!r}")
+    groups = []
+    for index, saved in enumerate(state_dict["param_groups"]):
+        where = f"param_groups[{index}]"
+        if not isinstance(saved, Mapping):
+            raise ValueError(f"loaded state dict has no dict in {where}, but {saved!r}")
+        group = {key: plain(value, defaults.get(key)) for key, value in saved.items()}
+        if "params" not in group:
+            raise ValueError(f"loaded state dict has no 'params' in {where}, only {sorted(map(str, group))}")
+        params, names = group["params"], group.get("param_names", [])
+        if not isinstance(params, (list, tuple)) or not all(isinstance(each, (int, str)) for each in params):
+            raise ValueError(f"loaded state dict has no list of numbers in 'params' of {where}, but {params!r}")
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"loaded state dict has no list of names in 'param_names' of {where}, but {names!r}")
+        if "param_names" in group and len(names) != len(params):
+            raise ValueError(f"loaded state dict has {len(names)} names for {len(params)} parameters in {where}")
+        groups.append(group)
+    return groups
+
+
+def _state(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The saved state by parameter. Of JSON, and some checkpointers, the numbers of parameters come back as text."""
+    state = state_dict["state"]
+    if not isinstance(state, Mapping):
+        raise ValueError(f"'state' of a state dict is a dict, got {state!r}")
+    known = {str(saved_id) for group in groups for saved_id in group["params"]}
+    unknown = [key for key in state if str(key) not in known]
+    if unknown:
+        raise ValueError(f"loaded state dict has state for parameters that are in none of its groups: {unknown}")
+    for key, entries in state.items():
+        if entries is not None and not isinstance(entries, Mapping):
+            raise ValueError(f"loaded state of parameter {key} is no dict, but {entries!r}")
+    return {str(key): entries for key, entries in state.items()}
 
 
 def _matched(groups: Sequence[Any], saved_groups: Sequence[Any]) -> tuple[list[Sequence[Any]], IncompatibleKeys]:

@@ -277,19 +277,6 @@ def with_direction(state: LBFGSState, grad: Array, loss: Array) -> LBFGSState:
     )
 
 
-def check_structure(history_size: Any, line_search_fn: Any) -> None:
-    """Raise for structural values that PyTorch cannot run with.
-
-    Raises:
-      ValueError: ``history_size`` is no positive integer.
-      RuntimeError: ``line_search_fn`` is unknown.
-    """
-    if not isinstance(history_size, int) or history_size < 1:
-        raise ValueError(f"Invalid history_size: {history_size!r}")
-    if line_search_fn not in (None, "strong_wolfe"):
-        raise RuntimeError(f"only 'strong_wolfe' is supported, got {line_search_fn!r}")
-
-
 def gradient(layout: Layout, grads: Sequence[Array]) -> Array:
     """Gradients as one vector. PyTorch's gradient of a complex parameter is the conjugate of JAX's."""
     return layout.flatten(list(map(jnp.conj, grads)))
@@ -302,7 +289,6 @@ def algorithm(hyperparameters: Any, values: Mapping[str, Any]) -> Algorithm:
     """The algorithm with these hyperparameters over a pytree."""
     hyperparameters.check(values, None)
     history_size, line_search_fn = values["history_size"], values["line_search_fn"]
-    check_structure(history_size, line_search_fn)
 
     def layout_of(leaves: Sequence[Array]) -> Layout:
         shapes, dtypes = tuple(leaf.shape for leaf in leaves), tuple(leaf.dtype for leaf in leaves)
@@ -433,6 +419,16 @@ def from_entries(entries: Mapping[str, Any], layout: Layout, history_size: int) 
     return state._replace(**arrays, stored=jnp.int32(stored))
 
 
+def _positive_integer(name: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"Invalid {name}: {value!r}")
+
+
+def _strong_wolfe_or_none(name: str, value: Any) -> None:
+    if value not in (None, "strong_wolfe"):
+        raise RuntimeError(f"only 'strong_wolfe' is supported, got {value!r}")
+
+
 class LBFGS(Optimizer):
     """L-BFGS, as ``torch.optim.LBFGS``.
 
@@ -483,8 +479,8 @@ class LBFGS(Optimizer):
         max_eval: Annotated[Any, Numeric()] = None,
         tolerance_grad: Number = 1e-7,
         tolerance_change: Number = 1e-9,
-        history_size: Annotated[int, Structural()] = 100,
-        line_search_fn: Annotated[str | None, Structural()] = None,
+        history_size: Annotated[int, Structural(_positive_integer)] = 100,
+        line_search_fn: Annotated[str | None, Structural(_strong_wolfe_or_none)] = None,
     ):
         if max_eval is None:
             Numeric().check("max_iter", max_iter)
@@ -504,10 +500,6 @@ class LBFGS(Optimizer):
     @classmethod
     def _algorithm(cls, values: Mapping[str, Any]) -> Algorithm:
         return algorithm(cls.hyperparameters, values)
-
-    def _check(self, values: Mapping[str, Any], where: str) -> None:
-        super()._check(values, where)
-        check_structure(values["history_size"], values["line_search_fn"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add the one group of parameters; the constructor does so.
@@ -539,7 +531,7 @@ class LBFGS(Optimizer):
                 f"{type(loss_fn).__name__}: {loss_fn!r}"
             )
         (group,) = self.param_groups
-        check_structure(group["history_size"], group["line_search_fn"])
+        self.hyperparameters.check_structural(group)
         hyper, _ = self._resolve(group, " of param_groups[0]")
         call = self._capture(loss_fn, args)
         layout = self._layout_of(call.boxes)
@@ -582,6 +574,10 @@ class LBFGS(Optimizer):
         for name in ENTRIES:
             entry.pop(name, None)
         entry.place = Kept(state)
+
+    def _slot_shapes(self, group: Mapping[str, Any], where: str) -> None:
+        super()._slot_shapes(group, where)
+        self._resolve(group, where)
 
     def _checked(self, box: Parameter, entries: dict[str, Any]) -> dict[str, Any]:
         where = f"loaded state of parameter {str(box)!r}"

@@ -79,9 +79,39 @@ Rate = Annotated[LearningRate, _at_least_zero("Learning rate")]
 Shrinkage = Annotated[NonNegative, _at_least_zero("weight decay")]
 Momentum = Annotated[NonNegative, _at_least_zero("momentum")]
 Coefficients = Annotated[tuple[Number, Number, Number] | Mapping[Any, Any], _Three()]
-Steps = Annotated[int, Structural()]
-Choice = Annotated[str | None, Structural()]
-Axes = Annotated[tuple[tuple[int, ...], tuple[int, ...]] | None, Structural()]
+
+
+def _steps(name: str, value: Any) -> None:
+    if not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value >= 100:
+        raise ValueError(f"Number of steps must be less than 100 for computational efficiency, got {value}")
+    if value < 0:
+        raise ValueError(f"Number of steps must be at least 0, got {value}")
+
+
+def _adjustment(name: str, value: Any) -> None:
+    if value not in (None, "original", "match_rms_adamw"):
+        raise ValueError(f"Adjust learning rate function {value} is not supported")
+
+
+def _precision(name: str, value: Any) -> None:
+    if value not in (None, *PRECISIONS):
+        raise ValueError(f"{name} must be None or one of {', '.join(map(repr, PRECISIONS))}, got {value!r}")
+
+
+def _axes(name: str, value: Any) -> None:
+    pair = (
+        isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(part, (tuple, list)) for part in value)
+    )
+    if value is not None and not (pair and all(isinstance(axis, int) for part in value for axis in part)):
+        raise ValueError(f"{name} must be None or a pair of tuples of axes, (rows, columns), got {value!r}")
+
+
+Steps = Annotated[int, Structural(_steps)]
+Adjustment = Annotated[str | None, Structural(_adjustment)]
+Precision = Annotated[str | None, Structural(_precision)]
+Axes = Annotated[tuple[tuple[int, ...], tuple[int, ...]] | None, Structural(_axes)]
 
 
 class Slots(NamedTuple):
@@ -101,24 +131,6 @@ class Scalars(NamedTuple):
     c: Any
     eps: Any
     shrink: Any  # by which weight decay multiplies the parameter
-
-
-def check(hyper: Any, flags: Any) -> None:
-    """PyTorch's conditions, and that the additions have a meaning."""
-    if flags.adjust_lr_fn not in (None, "original", "match_rms_adamw"):
-        raise ValueError(f"Adjust learning rate function {flags.adjust_lr_fn} is not supported")
-    if not isinstance(flags.ns_steps, int):
-        raise TypeError(f"ns_steps must be an integer, got {flags.ns_steps!r}")
-    if flags.ns_steps >= 100:
-        raise ValueError(f"Number of steps must be less than 100 for computational efficiency, got {flags.ns_steps}")
-    if flags.ns_steps < 0:
-        raise ValueError(f"Number of steps must be at least 0, got {flags.ns_steps}")
-    if flags.ns_dtype not in (None, *PRECISIONS):
-        raise ValueError(f"ns_dtype must be None or one of {', '.join(map(repr, PRECISIONS))}, got {flags.ns_dtype!r}")
-    axes = flags.matrix_axes
-    pair = isinstance(axes, tuple) and len(axes) == 2 and all(isinstance(part, tuple) for part in axes)
-    if axes is not None and not (pair and all(isinstance(axis, int) for part in axes for axis in part)):
-        raise ValueError(f"matrix_axes must be None or a pair of tuples of axes, (rows, columns), got {axes!r}")
 
 
 def check_param(param: Array, flags: Any) -> None:
@@ -315,7 +327,7 @@ class Muon(Optimizer):
      [  0. -11.]] 1
     """
 
-    rule = Rule(Slots, init, scalars, update, check, check_param, counts_steps=False, batched=True)
+    rule = Rule(Slots, init, scalars, update, check_param=check_param, counts_steps=False, batched=True)
 
     def __init__(
         self,
@@ -327,9 +339,9 @@ class Muon(Optimizer):
         ns_coefficients: Coefficients = (3.4445, -4.7750, 2.0315),
         eps: Epsilon = 1e-7,
         ns_steps: Steps = 5,
-        adjust_lr_fn: Choice = None,
+        adjust_lr_fn: Adjustment = None,
         *,
-        ns_dtype: Choice = "bfloat16",
+        ns_dtype: Precision = "bfloat16",
         matrix_axes: Axes = None,
     ):
         defaults = dict(
