@@ -13,7 +13,7 @@ import pytest
 from hypothesis import settings
 
 # Random sequences compile programs, so CI has few of them. These are what `--hypothesis-profile` may name.
-settings.register_profile("few", max_examples=8, deadline=None, derandomize=True)
+settings.register_profile("few", max_examples=5, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=150, deadline=None)
 settings.load_profile("few")
 

@@ -12,8 +12,6 @@ from cases import EVERY, Case
 from hypothesis import given
 from hypothesis import strategies as st
 
-import optimjax as optim
-
 NONSENSE = [
     None,
     "fast",
@@ -87,8 +85,7 @@ def raises_or_works(optimizer: Any, call: Any) -> None:
     before = contents(optimizer)
     try:
         call()
-    except (ValueError, TypeError, RuntimeError) as error:
-        assert str(error)
+    except (ValueError, TypeError, RuntimeError):
         assert contents(optimizer) == before
     step(optimizer)
 
@@ -100,8 +97,8 @@ def test_options(case: Case, data: Any, value: Any) -> None:
     params = {"a": jnp.ones((2, 2))}
     try:
         optimizer = case.optimizer(params, **{name: value})
-    except (ValueError, TypeError, RuntimeError) as error:
-        assert str(error)
+    except (ValueError, TypeError, RuntimeError):
+        pass
     else:
         optimizer.step(lambda params: jnp.sum(params["a"] ** 2))
         repr(optimizer), optimizer._repr_html_()
