@@ -294,6 +294,10 @@ def state_loss(state: Any, x: Any) -> Any:
     return chain_loss(nnx.merge(graphdef, state, rest), x)
 
 
+def whole_state_loss(state: Any, x: Any) -> Any:
+    return chain_loss(nnx.merge(nnx.graphdef(nnx.List(layers())), state), x)
+
+
 def chain_loss(parts: Any, x: Any) -> Any:
     for layer in parts:
         x = layer(x)
@@ -369,7 +373,11 @@ def test_modules_in_every_container_are_updated_in_place(
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
-@pytest.mark.parametrize(("make", "loss"), [entry[:2] for entry in CONTAINERS.values()], ids=CONTAINERS)
+@pytest.mark.parametrize(
+    ("make", "loss"),
+    [*(entry[:2] for entry in CONTAINERS.values()), (lambda: nnx.state(nnx.List(layers())), whole_state_loss)],
+    ids=[*CONTAINERS, "state with statistics"],
+)
 def test_a_copy_has_modules_of_its_own_in_every_container(make: Any, loss: Any, duplicate: Any) -> None:
     optimizer = optim.Adam(make(), lr=0.1)
     optimizer.step(loss, X)
@@ -454,6 +462,16 @@ def test_variables_are_parameters_as_their_boxes_are(hand_in: Any, names: Any) -
     for name, box in boxes.items():
         expected = before[name] if box.grad is None else before[name] - np.float32(0.1) * np.asarray(box.grad)
         np.testing.assert_allclose(box.value, expected, rtol=1e-6)
+
+
+def test_a_variable_known_by_itself_gets_its_name_from_the_module() -> None:
+    layer = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    (box,) = optim.SGD([layer.kernel], lr=0.1).param_groups[0]["params"]
+    assert str(box) == "parameter"
+    assert dict(optim.named_parameters(layer))["kernel"] is box
+    assert str(box) == "kernel"
+    twin, twin_box = copy.deepcopy((layer, box))
+    assert dict(optim.named_parameters(twin))["kernel"] is twin_box is not box
 
 
 def test_variables_that_are_no_list_of_parameters() -> None:
