@@ -289,7 +289,8 @@ class Optimizer:
         Three forms: ``step()`` uses ``Parameter.grad``; ``step(grads)`` takes gradients in the structure of
         ``params`` (for a module what ``nnx.grad`` returns, for boxes a list in their order), ``None`` where one is
         missing; ``step(loss_fn, *args)`` computes value, gradient and update in one compiled program and returns the
-        loss. A parameter without a gradient is left alone, with its state and its count.
+        loss. A parameter without a gradient is left alone, with its state and its count; in the last two forms one with
+        ``requires_grad=False``, too.
 
         Raises:
           ValueError, TypeError: gradients of another structure, shape or kind; the message names the path. Nothing has
@@ -309,7 +310,7 @@ class Optimizer:
         elif args:
             raise TypeError(f"step(grads) takes no further arguments, got {len(args)}")
         else:
-            self._update(self._pair(grads_or_loss))
+            self._update(self._unfrozen(self._pair(grads_or_loss)))
         self._step_called = True
         if hooked:
             self._hooks.after_step(self, given, kwargs)
@@ -321,6 +322,14 @@ class Optimizer:
             return not any(callable(grad) for _, grad in self._pair(x))
         except (ValueError, TypeError):
             return False
+
+    def _unfrozen(self, pairs: Iterable[tuple[Parameter, Any]]) -> Iterator[tuple[Parameter, Any]]:
+        """The gradients that count; those of frozen parameters must fit, too."""
+        for box, grad in pairs:
+            if box.requires_grad:
+                yield box, grad
+            elif grad is not None:
+                check_gradient(box.__str__, box.value, grad)
 
     def _pair(self, grads: Any) -> Iterable[tuple[Parameter, Any]]:
         parts = [grads]

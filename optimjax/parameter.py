@@ -22,7 +22,8 @@ class Parameter:
     Args:
       value: a real or complex floating array of any shape (or a Python float).
       name: shown in messages and used to match saved state.
-      requires_grad: ``False`` freezes the parameter for :meth:`optimjax.Optimizer.backward`.
+      requires_grad: ``False`` freezes the parameter: it gets no gradient from :meth:`optimjax.Optimizer.backward`, and
+        ``step(grads)`` and ``step(loss_fn)`` leave it and its state alone.
 
     Raises:
       TypeError: the value is no floating array.

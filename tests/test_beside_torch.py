@@ -193,8 +193,8 @@ class Sequence(RuleBasedStateMachine):
     @rule(seed=some)
     def step_from_gradients(self, seed: int) -> None:
         grads = self.gradients(seed)
-        self.ours.step(self.structured(grads))
-        self.step_theirs(grads)
+        self.ours.step(self.structured(grads))  # which leaves frozen parameters alone
+        self.step_theirs([grad if box.requires_grad else None for box, grad in zip(self.boxes, grads, strict=True)])
 
     @precondition(lambda self: self.trainable)
     @rule(seed=some)
