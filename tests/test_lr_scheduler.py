@@ -1044,6 +1044,25 @@ def test_a_group_added_mid_run_is_scheduled(case: str, torch: Any) -> None:
         assert len({rates[3] for rates in ours}) > 1
 
 
+@every_case
+def test_the_other_groups_do_not_notice_one_that_is_added(case: str) -> None:
+    """Every value of theirs, momentum too, is what it would have been; the momentum of the new one cycles with them."""
+    if "each group" in case or case == "plateau abs":  # there is no value for the new one
+        return
+
+    def run(added: bool) -> Any:
+        optimizer = build()
+        scheduler = make(optim.lr_scheduler, case)(optimizer)
+        trace = follow(optimizer, scheduler, 7, groups_of)
+        if added:
+            optimizer.add_param_group({"params": [jnp.ones(())], "lr": RATES[0]})
+        return trace + follow(optimizer, scheduler, EPOCHS - 7, groups_of, first=7)
+
+    alone, together = run(added=False), run(added=True)
+    assert [groups[:3] for groups in together] == alone
+    assert all(groups[3]["momentum"] == groups[0]["momentum"] for groups in together[8:])
+
+
 def test_the_rates_of_a_group_added_mid_run() -> None:
     def run(case: str | Case) -> Any:
         optimizer = build()
