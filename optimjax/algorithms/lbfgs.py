@@ -600,6 +600,8 @@ class LBFGS(Optimizer):
             lengths |= {len(values)} if name in HISTORY else set()
             expected = vector if name in VECTORS else ()
             for value in values:
+                if not isinstance(value, (int, float, Array)):
+                    raise ValueError(f"{where}: {name!r} has {value!r}, which is no array")
                 if np.shape(value) != expected:
                     raise ValueError(f"{where}: {name!r} has shape {np.shape(value)}, expected {expected}")
         if len(lengths) > 1:
