@@ -64,6 +64,86 @@ def test_accumulated_gradients_equal_the_large_batch() -> None:
         np.testing.assert_allclose(box.grad, whole[box.name][...], rtol=1e-5, atol=1e-7)
 
 
+class Normed(nnx.Module):
+    """With statistics where asked for, and the same network in PyTorch."""
+
+    def __init__(self, norm: bool):
+        rngs = nnx.Rngs(0)
+        self.first = nnx.Linear(3, 4, rngs=rngs, param_dtype=jnp.float64)
+        self.norm = None
+        if norm:
+            options: Any = dict(momentum=0.9, epsilon=1e-5, use_fast_variance=False, param_dtype=jnp.float64)
+            self.norm = nnx.data(nnx.BatchNorm(4, rngs=rngs, **options))
+            for statistic in (self.norm.mean, self.norm.var):
+                statistic.set_value(jnp.asarray(statistic[...], jnp.float64))
+        self.last = nnx.Linear(4, 2, rngs=rngs, param_dtype=jnp.float64)
+
+    def __call__(self, x: Any) -> Any:
+        x = self.first(x)
+        return self.last(jnp.tanh(x if self.norm is None else self.norm(x)))
+
+    def in_torch(self, torch: Any) -> Any:
+        first, last = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
+        norm = torch.nn.Identity() if self.norm is None else torch.nn.BatchNorm1d(4)
+        theirs = torch.nn.Sequential(first, norm, torch.nn.Tanh(), last).double()
+        for layer, linear in ((self.first, first), (self.last, last)):
+            linear.weight.data = torch.tensor(np.array(layer.kernel).T)
+            linear.bias.data.zero_()
+        return theirs
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("norm", [False, True], ids=["without statistics", "with statistics"])
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_micro_batches_accumulate_as_in_pytorch(norm: bool, has_aux: bool, torch: Any) -> None:
+    """Without statistics it is also the gradient of the large batch."""
+    model, x, y = Normed(norm), X.astype(np.float64), Y.astype(np.float64)
+    theirs = model.in_torch(torch)
+    ours, reference = (lib.SGD(p, lr=0.1) for lib, p in ((optim, model), (torch.optim, theirs.parameters())))
+
+    def loss_of_part(model: Any, x: Any, y: Any) -> Any:
+        output = model(x)
+        loss = jnp.sum((output - y) ** 2) / len(X)
+        return (loss, output) if has_aux else loss
+
+    for _ in range(3):
+        ours.zero_grad()
+        reference.zero_grad()
+        whole = None if norm else nnx.grad(loss_of_part, has_aux=has_aux)(model, x, y)
+        for part in range(4):
+            rows = slice(2 * part, 2 * part + 2)
+            result = ours.backward(loss_of_part, x[rows], y[rows], has_aux=has_aux)
+            output = theirs(torch.tensor(x[rows]))
+            loss = ((output - torch.tensor(y[rows])) ** 2).sum() / len(X)
+            loss.backward()
+            np.testing.assert_allclose(result[0] if has_aux else result, loss.item(), rtol=1e-12)
+            if has_aux:
+                np.testing.assert_allclose(result[1], output.detach().numpy(), rtol=1e-12, atol=1e-12)
+        named = dict(optim.named_parameters(model))
+        for layer, index in (("first", 0), ("last", 3)):
+            weight = theirs[index].weight.grad.numpy().T
+            np.testing.assert_allclose(named[f"{layer}.kernel"].grad, weight, rtol=1e-12, atol=1e-12)
+        if whole is not None:
+            grads = whole[0] if has_aux else whole
+            for name, box in named.items():
+                layer, leaf = name.split(".")
+                np.testing.assert_allclose(box.grad, grads[layer][leaf][...], rtol=1e-12, atol=1e-12)
+        ours.step()
+        reference.step()
+    if model.norm is not None:
+        np.testing.assert_allclose(model.norm.mean[...], theirs[1].running_mean.numpy(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_begin_anew_after_zero_grad(set_to_none: bool) -> None:
+    optimizer = optim.SGD({"w": jnp.array([1.0, 2.0])}, lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none)
+        optimizer.backward(sum_of_squares)
+        optimizer.backward(sum_of_squares)
+        assert boxes_of(optimizer)[0].grad.tolist() == [4, 8]
+
+
 def test_has_aux() -> None:
     def with_aux(params: Any, x: Any) -> Any:
         loss = jnp.sum(params["w"] * x)
