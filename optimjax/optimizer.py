@@ -67,8 +67,9 @@ class Optimizer:
     Or it overrides ``step`` in plain Python, as custom PyTorch optimizers do.
 
     Args:
-      params: a pytree of arrays, a ``flax.nnx`` module, an iterable of :class:`optimjax.Parameter` or of ``(name,
-        Parameter)``, or a list of dicts, each with ``params`` (any of these) and the group's own options.
+      params: a pytree of arrays; a ``flax.nnx`` module, or modules in lists, tuples and dicts, which are updated in
+        place; an iterable of :class:`optimjax.Parameter` (or ``nnx.Param``, for which the module's boxes stand) or of
+        ``(name, Parameter)``; or a list of dicts, each with ``params`` (any of these) and the group's own options.
       defaults: the hyperparameters of groups that do not give their own.
 
     Raises:

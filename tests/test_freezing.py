@@ -67,6 +67,41 @@ def test_state_survives_a_freeze_as_in_pytorch(case: Case, form: Callable[..., N
             assert all(np.array_equal(after[name], before[1][name]) for name in after)
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("line_search_fn", [None, "strong_wolfe"])
+def test_lbfgs_leaves_a_frozen_parameter_where_it_is(line_search_fn: Any, torch: Any) -> None:
+    """In PyTorch the steps remembered from before the freeze still move it."""
+    options: dict[str, Any] = dict(lr=0.5, max_iter=4, line_search_fn=line_search_fn)
+    boxes = [optim.Parameter(value) for value in VALUES]
+    tensors = [torch.nn.Parameter(torch.tensor(value)) for value in VALUES]
+    ours, theirs = optim.LBFGS(boxes, **options), torch.optim.LBFGS(tensors, **options)
+
+    def closure() -> Any:
+        theirs.zero_grad()
+        loss = torch.cosh(tensors[0] @ tensors[1]).sum()
+        loss.backward()
+        return loss
+
+    def steps(frozen: bool, agree: bool) -> float:
+        boxes[1].requires_grad = not frozen
+        tensors[1].requires_grad_(not frozen)
+        loss = math.inf
+        for _ in range(2):
+            loss = ours.step(loss_of, 1.0)
+            theirs.step(closure)
+            for box, tensor in zip(boxes, tensors, strict=True):
+                assert not agree or np.allclose(box.value, tensor.detach().numpy(), rtol=1e-9, atol=1e-9)
+        return float(loss)
+
+    steps(frozen=True, agree=True)
+    np.testing.assert_array_equal(boxes[1].value, VALUES[1])
+    before = steps(frozen=False, agree=True), np.array(boxes[1])
+    after = steps(frozen=True, agree=False)
+    np.testing.assert_array_equal(boxes[1].value, before[1])
+    assert after < before[0]
+    assert not np.allclose(boxes[1].value, tensors[1].detach().numpy())
+
+
 def test_gradients_of_frozen_parameters_must_fit_too() -> None:
     frozen = optim.Parameter(jnp.ones(2), name="frozen", requires_grad=False)
     optimizer = optim.SGD([optim.Parameter(jnp.ones(2)), frozen], lr=0.1)

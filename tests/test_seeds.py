@@ -141,6 +141,13 @@ def test_the_state_dict_of_the_documentation_page() -> None:
     ]
 
 
+def test_adam_has_no_momentum(torch: Any) -> None:
+    """One of the scripts says that it has."""
+    for lib, parameter in ((optim, optim.Parameter(1.0)), (torch.optim, torch.nn.Parameter(torch.ones(())))):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'momentum'"):
+            lib.Adam([parameter], lr=0.01, momentum=0.9)
+
+
 # --- Groups by name endings and by ids; freezing together with groups -----------------------------------------------
 
 
@@ -304,6 +311,46 @@ def test_freezing_together_with_groups(double: Any) -> None:
         optim.SGD(filter(lambda p: p.requires_grad, optim.parameters(net)), [{"params": []}], lr=0.1)
 
 
+class Residual(nnx.Module):
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.conv1 = nnx.Conv(1, 2, (3, 3), rngs=rngs)
+        self.bn1 = nnx.BatchNorm(2, rngs=rngs)
+        self.layer1, self.layer2 = (nnx.Sequential(nnx.Linear(2, 2, rngs=rngs), nnx.relu) for _ in range(2))
+        self.fc = nnx.Linear(2, 1, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        x = nnx.relu(self.bn1(self.conv1(x))).mean((1, 2))
+        return self.fc(self.layer2(self.layer1(x)))
+
+
+def test_base_parameters_by_the_ids_of_several_layers() -> None:
+    net = Residual()
+    for p in optim.parameters(net.layer1):
+        p.requires_grad = False
+    base_params_id = list(map(id, optim.parameters(net.conv1))) + list(map(id, optim.parameters(net.bn1))) + \
+        list(map(id, optim.parameters(net.layer1))) + list(map(id, optim.parameters(net.layer2)))  # fmt: skip
+    new_params = filter(lambda p: id(p) not in base_params_id and p.requires_grad,
+        optim.parameters(net))  # fmt: skip
+    base_params = filter(lambda p: id(p) in base_params_id,
+        optim.parameters(net))  # fmt: skip
+    optimizer = optim.SGD([{'params': base_params, 'lr': 1e-4},
+        {'params': new_params}], lr=0.1, momentum=0.9, weight_decay=0.0005)  # fmt: skip
+    assert [sorted(map(str, group["params"])) for group in optimizer.param_groups] == [
+        ["bn1.bias", "bn1.scale", "conv1.bias", "conv1.kernel"]
+        + [f"layer{i}.layers.0.{name}" for i in (1, 2) for name in ("bias", "kernel")],
+        ["fc.bias", "fc.kernel"],
+    ]
+    before = {name: np.array(p) for name, p in optim.named_parameters(net)}
+    statistics = np.array(net.bn1.mean)
+    optimizer.backward(mse_loss, net, np.random.default_rng(0).normal(size=(3, 5, 5, 1)).astype(np.float32), 1.0)
+    optimizer.step()
+    moved = {name for name, p in optim.named_parameters(net) if not np.array_equal(p, before[name])}
+    assert {name for name in before if not name.startswith("layer1")} - moved <= {"conv1.bias"}  # before a norm: 0
+    assert not any(name.startswith("layer1") for name in moved)
+    assert not np.array_equal(statistics, net.bn1.mean[...])
+
+
 def test_the_optional_filter_of_frozen_parameters() -> None:
     net = Classifier()
     for p in optim.parameters(net.features):
@@ -318,11 +365,10 @@ def test_the_optional_filter_of_frozen_parameters() -> None:
 
 
 def test_the_methods_of_the_documentation_page() -> None:
-    """The page is that of ASGD; Adagrad stands in for it, which has the same methods."""
+    """The page is that of ASGD."""
     param0, weight, bias = (optim.Parameter(jnp.ones(size)) for size in (2, 3, 4))
-    optimizer = optim.Adagrad(
-        [("param0", param0)], lr=0.01, weight_decay=0, foreach=None, maximize=False, differentiable=False
-    )
+    optimizer = optim.ASGD([("param0", param0)], lr=0.01, lambd=0.0001, alpha=0.75, t0=1000000.0, weight_decay=0,
+        foreach=None, maximize=False, differentiable=False, capturable=False)  # fmt: skip
     calls = []
     handles = [
         optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: calls.append("step pre")),
@@ -343,7 +389,7 @@ def test_the_methods_of_the_documentation_page() -> None:
         (0.01, [0], ["param0"]),
         (0.001, [1, 2], ["layer.weight", "layer.bias"]),
     ]
-    assert [list(entries) for entries in state_dict["state"].values()] == [["step", "sum"]] * 3
+    assert [list(entries) for entries in state_dict["state"].values()] == [["step", "eta", "mu", "ax"]] * 3
     optimizer.load_state_dict(state_dict)
     assert calls == [
         "step pre",
@@ -360,13 +406,15 @@ def test_the_methods_of_the_documentation_page() -> None:
     optimizer.zero_grad(set_to_none=False)
     assert all(not np.any(p.grad) for p in (param0, weight, bias))
     before = np.asarray(param0)
-    optimizer.step()
-    np.testing.assert_array_equal(param0.value, before)
+    optimizer.step()  # a gradient that is zero is one: `lambd` decays the parameter
+    np.testing.assert_allclose(param0.value, before * (1 - 0.0001 * 0.01), rtol=1e-7)
     assert optimizer.state[param0]["step"] == 2
     optimizer.zero_grad()
     assert all(p.grad is None for p in (param0, weight, bias))
+    before = np.asarray(param0)
     optimizer.step()
     assert optimizer.state[param0]["step"] == 2  # without gradients nothing is counted
+    np.testing.assert_array_equal(param0.value, before)
     assert len(calls) == 7
 
 
