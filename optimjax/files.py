@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optimjax.tree import from_tensor
+
 __all__ = ["load", "save"]
 
 FORMAT = "optimjax"  # the header's entry that holds what is no array
@@ -43,6 +45,8 @@ def save(path: str | os.PathLike[str], state_dict: Any) -> None:
     >>> loaded["epoch"]
     3
     """
+    if isinstance(state_dict, (str, os.PathLike)):
+        raise TypeError(f"the path comes first, as in save(path, state_dict); got {state_dict!r} as the state dict")
     tensors: dict[str, np.ndarray] = {}
     header = json.dumps(_packed(state_dict, "", tensors))
     path = Path(path)
@@ -105,8 +109,7 @@ def _packed(value: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
     if isinstance(value, (list, tuple)):
         items = [_packed(item, f"{path}.{index}", tensors) for index, item in enumerate(value)]
         return {"tuple": items} if isinstance(value, tuple) else items
-    if hasattr(value, "detach"):  # a PyTorch tensor
-        value = value.detach().cpu().numpy()
+    value = from_tensor(value)
     if hasattr(value, "__jax_array__"):  # a Parameter, or a variable of flax.nnx
         value = value.__jax_array__()
     if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):

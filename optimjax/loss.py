@@ -6,7 +6,10 @@ modules). A module that the loss changes, its batch statistics or random state, 
 """
 
 import functools
+import inspect
 import itertools
+import warnings
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +20,12 @@ from jax import Array
 
 from optimjax.parameter import Parameter, value_of
 from optimjax.step import Donating, Updates, update_each
+from optimjax.tree import from_tensor
 from optimjax.variable import VariableParameter, is_nnx, nnx
 
 __all__ = ["Call", "Capture", "update_from_loss", "value_and_grad"]
+
+ANEW = 8  # loss functions made anew, after which a warning comes
 
 Role = tuple[str, Any]
 
@@ -97,7 +103,7 @@ class Call:
         self.traced = []
         for origin in self.origins:
             if isinstance(origin, int):
-                self.traced.append(value_of(leaves[origin]))
+                self.traced.append(from_tensor(value_of(leaves[origin])))
             elif isinstance(origin, jax.Array):
                 self.traced.append(origin)
             else:
@@ -118,6 +124,40 @@ class Capture:
     def __init__(self) -> None:
         self._key: Any = None
         self._call: Any = None
+        self._checked: tuple[Any, int] = None, 0
+        self._functions: defaultdict[Any, set[Any]] = defaultdict(set)  # loss functions by their code
+
+    def check(self, loss_fn: Callable[..., Any], arguments: tuple[Any, ...], given_first: bool) -> None:
+        """Whether the loss function takes these arguments, before JAX's tracebacks are around the error.
+
+        Raises:
+          TypeError: it takes others.
+        """
+        if self._checked[0] is loss_fn and self._checked[1] == len(arguments):
+            return
+        try:
+            inspect.signature(loss_fn).bind(*arguments)
+        except TypeError as error:
+            name = getattr(loss_fn, "__name__", "loss_fn")
+            first = "optimizer.params, " * given_first
+            advice = (
+                "the optimizer passes the model or the tree that it was made from, so leave it out"
+                if given_first
+                else "an optimizer made from boxes of a module passes nothing, so give the module"
+            )
+            raise TypeError(f"{name} is called as {name}({first}*args) and cannot be: {error}; {advice}") from None
+        except ValueError:  # some functions have no signature
+            pass
+        self._checked = loss_fn, len(arguments)
+        alike = self._functions[getattr(loss_fn, "__code__", None)]  # of which a partial or a jitted function has none
+        if hasattr(loss_fn, "__code__") and loss_fn not in alike and len(alike) < ANEW:
+            alike.add(loss_fn)
+            if len(alike) == ANEW:
+                warnings.warn(
+                    f"{ANEW} loss functions of the same code have been given, and each is compiled for itself: define "
+                    "the function once, outside of the loop, and give it as arguments what changes",
+                    stacklevel=4,
+                )
 
     def __call__(self, arguments: tuple[Any, ...], boxes: Sequence[Parameter], given_first: bool = False) -> Call:
         """Cut; ``boxes`` are to be differentiated where they occur, unless they have ``requires_grad=False``.
@@ -146,8 +186,15 @@ def _kind(leaf: Any, fixed: bool) -> Role:
     if is_nnx(leaf):
         return "node", None
     number = isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool) and not fixed
-    if number or isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
+    if number or isinstance(leaf, (jax.Array, np.ndarray, np.generic)) or hasattr(leaf, "detach"):
         return "traced", None
+    try:
+        hash(leaf)
+    except TypeError:
+        raise TypeError(
+            f"an argument of the loss function is or holds a {type(leaf).__name__}, which is neither an array nor a "
+            "tree of arrays, and cannot be compiled in: give the arrays in it"
+        ) from None
     return "static", leaf
 
 
@@ -212,6 +259,17 @@ def _evaluate(loss_fn: Callable[..., Any], cut: Cut, has_aux: bool, differentiat
         arguments, nodes = cut.arguments(differentiated, traced)
         result = loss_fn(*arguments)
         loss, aux = result if has_aux else (result, None)
+        if not hasattr(loss, "dtype") and not isinstance(loss, (int, float)):
+            raise TypeError(
+                f"the loss function must return a scalar, got a {type(loss).__name__}; what else it returns beside the "
+                "loss is for backward(..., has_aux=True)"
+            )
+        # Within a derivative, what depends on a parameter is a tracer of the same kind.
+        if not isinstance(loss, type(differentiated[0])):
+            raise RuntimeError(
+                "the loss depends on none of the parameters, so nothing would be trained: compute it from what the "
+                "function is given, not from a model or arrays outside of it"
+            )
         return loss, (aux, cut.changed(nodes, traced))
 
     (loss, (aux, changed)), grads = jax.value_and_grad(compute, has_aux=True)(differentiated)

@@ -128,9 +128,10 @@ class Optimizer:
             for group in groups or [{"params": params}]:
                 self.add_param_group(group)
         if not any(group["params"] for group in self.param_groups):
-            raise ValueError(
-                f"optimizer got an empty parameter list: no floating array in this {type(params).__name__}"
-            )
+            found = f"no floating array in this {type(params).__name__}"
+            if isinstance(params, list) and not params:
+                found = "nothing was in it; a generator can be used once only"
+            raise ValueError(f"optimizer got an empty parameter list: {found}")
 
     @classmethod
     def _defaults_of(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -242,7 +243,8 @@ class Optimizer:
         An optimizer made from boxes of a ``flax.nnx`` module takes the module among ``args`` instead:
         ``backward(loss_fn, model, x, y)`` calls ``loss_fn(model, x, y)``. Batch statistics and random state of
         modules are updated. Compiled once for each ``loss_fn`` object and shapes of ``args``: a lambda made anew in
-        every iteration compiles in every iteration.
+        every iteration compiles in every iteration. What the function reads from elsewhere, a global or an attribute of
+        its ``self``, is read once: whatever changes must be among ``args``.
 
         Args:
           loss_fn: returns a real scalar, or ``(scalar, aux)`` with ``has_aux``.
@@ -274,6 +276,7 @@ class Optimizer:
         given = not all(source.bound for source in self._sources)
         if given:
             args = (self._view(lambda source: source.boxed()), *args)
+        self._cut.check(loss_fn, args, given)
         call = self._cut(args, self._parameters(), given)
         if not call.boxes:
             raise ValueError(
@@ -290,8 +293,10 @@ class Optimizer:
         Three forms: ``step()`` uses ``Parameter.grad``; ``step(grads)`` takes gradients in the structure of
         ``params`` (for a module what ``nnx.grad`` returns, for boxes a list in their order), ``None`` where one is
         missing; ``step(loss_fn, *args)`` computes value, gradient and update in one compiled program and returns the
-        loss. A parameter without a gradient is left alone, with its state and its count; in the last two forms one with
-        ``requires_grad=False``, too.
+        loss; whatever changes must be among ``args``, as for :meth:`backward`. A parameter without a gradient is left
+        alone, with its state and its count; in the last two forms one with ``requires_grad=False``, too.
+
+        Inside a ``jit`` of your own use :attr:`algorithm` instead, which has no state to write to.
 
         Raises:
           ValueError, TypeError: gradients of another structure, shape or kind; the message names the path. Nothing has
@@ -452,10 +457,12 @@ class Optimizer:
         """The group's hyperparameters as Python numbers, and its flags."""
         values = dict(group)
         for name in self.hyperparameters.numeric:
+            if name not in group:
+                raise KeyError(f"{name!r}{where} is missing: groups are added with add_param_group")
             try:
                 kind: Any = self.hyperparameters.kinds[name]
                 values[name] = kind.over_numbers(concrete, group[name])
-            except (TypeError, ValueError, KeyError) as error:
+            except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}{where} is {group.get(name)!r}, which is no number: {error}") from None
         return self.hyperparameters.hyper(values), self.hyperparameters.flags(group)
 

@@ -140,7 +140,10 @@ def _restore_parameter(value: Any, name: str | None, requires_grad: bool, grad: 
 
 
 def _add_operators() -> None:
-    """`w * x`, `x @ w`, `-w`, ...: a box in an expression stands for its value. Equality stays identity."""
+    """`w * x`, `x @ w`, `-w`, ...: a box in an expression stands for its value. Equality stays identity.
+
+    `w -= x` changes the box, as PyTorch does: an array in its place would leave the parameter as it was.
+    """
 
     def forward(function: Any) -> Any:
         return lambda self, other: function(self.value, value_of(other))
@@ -148,12 +151,21 @@ def _add_operators() -> None:
     def reflected(function: Any) -> Any:
         return lambda self, other: function(value_of(other), self.value)
 
+    def in_place(function: Any) -> Any:
+        def operate(self: Parameter, other: Any) -> Parameter:
+            self.value = function(self.value, value_of(other))
+            return self
+
+        return operate
+
     def unary(function: Any) -> Any:
         return lambda self: function(self.value)
 
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"):
         setattr(Parameter, f"__{name}__", forward(getattr(operator, name)))
         setattr(Parameter, f"__r{name}__", reflected(getattr(operator, name)))
+    for name in ("add", "sub", "mul", "truediv"):
+        setattr(Parameter, f"__i{name}__", in_place(getattr(operator, name)))
     for name in ("lt", "le", "gt", "ge"):
         setattr(Parameter, f"__{name}__", forward(getattr(operator, name)))
     for name in ("neg", "pos", "abs"):
@@ -187,10 +199,11 @@ jax.tree_util.register_pytree_node(Parameter, flatten, unflatten)
 
 
 def _floating(value: Any, name: str | None) -> Array:
+    which = f"parameter {name!r}" if name else "a parameter"
     try:
         array = jnp.asarray(value_of(value))
     except (TypeError, ValueError) as error:
-        raise TypeError(f"parameter {name or ''!r} must be a floating array, got {value!r}") from error
+        raise TypeError(f"{which} must be a floating array, got {value!r}") from error
     if not jnp.issubdtype(array.dtype, jnp.inexact):
-        raise TypeError(f"parameter {name or ''!r} must be a floating array, got {array.dtype}: {value!r}")
-    return array
+        raise TypeError(f"{which} must be a floating array, got {array.dtype}: {value!r}")
+    return jnp.asarray(array, array.dtype)  # of a Python number without its weak type, or the second step would compile

@@ -86,9 +86,12 @@ def load(optimizer: "Optimizer", state_dict: Mapping[str, Any], strict: bool = T
             entries = saved_state.get(str(saved_id))
             try:
                 state[box] = _entries(optimizer, box, entries, shapes) if entries else {}
-            except _ShapeError:
+            except _ShapeError as error:
                 if strict or "param_names" not in group:
-                    raise
+                    hint = (
+                        "" if strict else "; strict=False needs names: make the optimizer from optim.named_parameters"
+                    )
+                    raise ValueError(f"{error}{hint}") from None
                 state[box] = optimizer.state.get(box, {})
                 for names in keys:
                     names.append(group["param_names"][position])
@@ -184,7 +187,9 @@ def _found(groups: Sequence[Any], saved_groups: Sequence[Any]) -> tuple[list[Seq
         try:
             return _matched(groups, saved_groups)
         except ValueError as error:
-            raise ValueError(f"{error}; without names on both sides everything must fit") from None
+            raise ValueError(
+                f"{error}; strict=False needs names on both sides: make the optimizer from optim.named_parameters"
+            ) from None
     saved = [dict(zip(group["param_names"], group["params"], strict=True)) for group in saved_groups]
     ours, theirs = (Counter(name for group in side for name in group["param_names"]) for side in (groups, saved_groups))
     anywhere = {name: saved_id for own in saved for name, saved_id in own.items() if ours[name] == theirs[name] == 1}

@@ -316,6 +316,8 @@ def _alike(members: Sequence[Member]) -> list[list[int]]:
 
 def concrete(value: Any) -> Any:
     """A Python number where that is possible; a tracer stays one. An array has one element."""
+    if isinstance(value, str):  # which float() would read
+        raise ValueError("it is a string")
     if getattr(value, "ndim", 0):
         value = value.reshape(())
     return value if isinstance(value, Tracer) else float(value)

@@ -126,6 +126,9 @@ class AveragedModel:
     ):
         if avg_fn is not None and multi_avg_fn is not None:
             raise AssertionError("Only one of avg_fn and multi_avg_fn should be provided")
+        for name, function in (("avg_fn", avg_fn), ("multi_avg_fn", multi_avg_fn)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be a function, such as get_ema_avg_fn(0.99), got {function!r}")
         self.module = copy.deepcopy(model) if is_nnx(model) else jax.tree.map(lambda leaf: leaf, model)
         self.n_averaged = 0
         self.avg_fn = avg_fn

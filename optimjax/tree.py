@@ -15,6 +15,7 @@ __all__ = [
     "distinct_names",
     "dotted",
     "flatten_params",
+    "from_tensor",
     "is_inexact_array",
     "match",
     "names",
@@ -25,6 +26,17 @@ __all__ = [
 def dotted(path: Sequence[Any]) -> str:
     """A leaf's path as PyTorch writes names: ``layers.0.kernel``."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator=".")
+
+
+def from_tensor(x: Any) -> Any:
+    """The array of a PyTorch tensor; anything else as it is."""
+    if not hasattr(x, "detach"):
+        return x
+    tensor = x.detach().cpu()
+    try:
+        return tensor.numpy()
+    except TypeError:  # bfloat16, which NumPy lacks
+        return jnp.array(jnp.from_dlpack(tensor.contiguous()), copy=True)
 
 
 def distinct_names(paths: Sequence[Any]) -> list[str]:

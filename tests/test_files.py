@@ -135,6 +135,11 @@ def test_other_libraries_can_read_the_arrays(torch: Any) -> None:
     np.testing.assert_array_equal(load("torch.safetensors")["weight"], np.ones(2))
 
 
+def test_arguments_in_the_order_of_torch_save_are_told_apart() -> None:
+    with pytest.raises(TypeError, match="the path comes first"):
+        optim.save({"n": 1}, "state.safetensors")  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("value", [object(), {1, 2}, len, np.array(["a"]), np.array([None])])
 def test_what_cannot_be_saved_is_named_and_leaves_the_file(value: Any) -> None:
     save("a.safetensors", {"before": 1})

@@ -462,3 +462,86 @@ def test_a_plain_flag_is_compiled_in() -> None:
     optimizer = optim.SGD({"w": jnp.array(2.0)}, lr=0.0)
     loss = lambda params, positive: params["w"] if positive else -params["w"]  # noqa: E731
     assert [float(optimizer.step(loss, flag)) for flag in (True, False, True)] == [2, -2, 2]
+
+
+# --- What goes wrong at first ---------------------------------------------------------------------------------------
+
+
+def fails_alike(optimizer: Any, error: Any, message: str, loss: Any, *args: Any) -> None:
+    """Both forms raise, and nothing has changed."""
+    before = [np.asarray(box) for box in boxes_of(optimizer)]
+    for call in (optimizer.backward, optimizer.step):
+        with pytest.raises(error, match=message):
+            call(loss, *args)
+    for box, value in zip(boxes_of(optimizer), before, strict=True):
+        np.testing.assert_array_equal(box.value, value)
+        assert box.grad is None
+
+
+@pytest.mark.parametrize("make", [lambda: nnx.Linear(3, 2, rngs=nnx.Rngs(0)), lambda: {"w": jnp.ones(3)}])
+def test_a_loss_that_passes_the_parameters_by_trains_nothing_and_says_so(make: Any) -> None:
+    model = make()
+    total = lambda _: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(model))  # noqa: E731
+    fails_alike(optim.AdamW(model, lr=0.1), RuntimeError, "depends on none of the parameters", total)
+    fails_alike(optim.AdamW(make(), lr=0.1), RuntimeError, "depends on none", lambda _: 3.0)
+    stopped = lambda params: jax.lax.stop_gradient(sum_of_squares(params))  # noqa: E731
+    fails_alike(optim.AdamW({"w": jnp.ones(3)}, lr=0.1), RuntimeError, "depends on none", stopped)
+
+
+def test_a_loss_of_other_arguments_is_told_who_passes_the_model() -> None:
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    message = r"loss_fn\(optimizer.params, \*args\) and cannot be: too many positional arguments; .* leave it out"
+    fails_alike(optim.SGD(model, lr=0.1), TypeError, message, loss_fn, model, X, Y)
+    boxes = optim.SGD(optim.parameters(model), lr=0.1)
+    fails_alike(boxes, TypeError, r"loss_fn\(\*args\) and cannot be: missing .* 'y'; .* give the module", loss_fn, X, Y)
+    fails_alike(boxes, TypeError, "too many", lambda: 0.0, model)
+    assert float(boxes.step(loss_fn, model, X, Y)) == float(loss_fn(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), X, Y))
+
+
+class Batch:
+    __hash__ = None  # pyright: ignore[reportAssignmentType]  # as of a dataclass that is no tree
+
+    def __init__(self, x: Any):
+        self.x = x
+
+
+def test_arguments_and_results_that_are_neither_arrays_nor_trees_are_named() -> None:
+    optimizer = optim.SGD({"w": jnp.ones(3)}, lr=0.1)
+    fails_alike(optimizer, TypeError, "holds a Batch, which is neither", lambda p, b: jnp.sum(p["w"] * b.x), Batch(X))
+    both = lambda params: (sum_of_squares(params), 1)  # noqa: E731
+    with pytest.raises(TypeError, match=r"scalar, got a tuple; .*has_aux=True"):
+        optimizer.step(both)
+    assert optimizer.backward(both, has_aux=True)[1] == 1
+
+
+def test_batches_may_be_tensors_of_pytorch(torch: Any) -> None:
+    optimizer = optim.SGD({"w": jnp.ones(3)}, lr=0.1)
+    twin = optim.SGD({"w": jnp.ones(3)}, lr=0.1)
+    loss = lambda params, x, index: jnp.mean((x @ params["w"])[index] ** 2)  # noqa: E731
+    index = np.array([0, 2])
+    for scale in (1, 2):
+        ours = optimizer.step(loss, torch.from_numpy(X * scale), torch.from_numpy(index))
+        assert float(ours) == float(twin.step(loss, X * scale, index))
+    half = optimizer.backward(loss, torch.from_numpy(X).bfloat16(), torch.from_numpy(index))
+    np.testing.assert_allclose(half, twin.backward(loss, X, index), rtol=0.02)
+
+
+class Scale:
+    def loss(self, params: Any) -> Any:
+        return 2.0 * params["w"]
+
+
+def test_loss_functions_made_anew_are_warned_of_once() -> None:
+    optimizer = optim.SGD({"w": jnp.ones(())}, lr=0.1)
+
+    def anew() -> None:
+        for _ in range(12):
+            optimizer.backward(lambda params: params["w"] ** 2)
+
+    with pytest.warns(UserWarning, match="define the function once") as warned:
+        anew()
+    assert [warning.filename for warning in warned] == [__file__]
+    scale = Scale()
+    for _ in range(12):  # of a function and a bound method in turn there is nothing to say
+        optimizer.backward(sum_of_squares)
+        optimizer.backward(scale.loss)

@@ -714,9 +714,12 @@ def test_a_run_with_a_model_resumes_bit_for_bit() -> None:
         optimizer = optim.Adam({"w": value}, lr=0.1)
         return optimizer, optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
 
+    def loss(params: Any) -> Any:
+        return jnp.sum(params["w"] ** 4)
+
     def train(optimizer: Any, scheduler: Any, epochs: int) -> None:
         for _ in range(epochs):
-            optimizer.step(lambda params: jnp.sum(params["w"] ** 4))
+            optimizer.step(loss)
             scheduler.step()
 
     whole = build_run(jnp.arange(3.0))

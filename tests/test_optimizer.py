@@ -812,6 +812,20 @@ def test_an_error_changes_nothing(call: Any, error: Any, message: str) -> None:
     optimizer.step([GOOD, H])  # and it still works
 
 
+def test_a_group_that_was_appended_by_hand_is_told_how() -> None:
+    optimizer = two_groups()
+    optimizer.param_groups.append({"params": [optim.Parameter(1.0)]})
+    with pytest.raises(KeyError, match=r"'lr' of param_groups\[2\] is missing: groups are added with add_param_group"):
+        optimizer.step()
+
+
+def test_a_number_in_text_is_no_number() -> None:
+    optimizer = two_groups()
+    optimizer.param_groups[1]["lr"] = "0.1"
+    with pytest.raises(ValueError, match="which is no number: it is a string"):
+        optimizer.step([GOOD, H])
+
+
 def test_a_group_value_that_is_no_number_is_named() -> None:
     optimizer = two_groups()
     optimizer.param_groups[1]["lr"] = "fast"
@@ -827,7 +841,7 @@ def test_a_group_value_that_is_no_number_is_named() -> None:
         (lambda: [], ValueError, "empty parameter list"),
         (lambda: (), ValueError, "empty parameter list"),
         (lambda: {}, ValueError, "empty parameter list"),
-        (lambda: iter(()), ValueError, "empty parameter list"),
+        (lambda: iter(()), ValueError, "empty parameter list: nothing was in it; a generator can be used once only"),
         (lambda: {"n": 3}, ValueError, "empty parameter list"),
         (lambda: nnx.Dropout(0.5, rngs=nnx.Rngs(0)), ValueError, "empty parameter list"),
         (lambda: optim.parameters(nnx.Dropout(0.5)), ValueError, "empty parameter list"),

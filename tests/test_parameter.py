@@ -320,3 +320,28 @@ def test_repr_and_str() -> None:
     assert repr(optim.Parameter(1.0, name="w", requires_grad=False)).startswith("Parameter('w', Array(1.")
     assert repr(optim.Parameter(1.0, name="w", requires_grad=False)).endswith("requires_grad=False)")
     assert str(optim.Parameter(1.0, name="w")) == "w"
+
+
+def test_in_place_operators_change_the_box(model: Model) -> None:
+    loose = optim.Parameter(jnp.array([1.0, 2.0]))
+    for box in (loose, next(optim.parameters(model))):
+        start, same = np.asarray(box), box
+        box -= 0.5
+        box *= 4.0
+        box += box
+        box /= np.float32(2)
+        assert box is same
+        np.testing.assert_allclose(box.value, (start - 0.5) * 4)
+        with pytest.raises(ValueError, match="must keep shape"):
+            box += np.ones((4, *box.shape))
+    assert np.asarray(next(optim.parameters(model))).tolist() == np.asarray(box).tolist()
+
+
+def test_a_python_number_is_an_array_like_others(compilations: Any) -> None:
+    optimizer = optim.SGD({"w": jnp.array(1.0)}, lr=0.1)
+    assert not optimizer.param_groups[0]["params"][0].value.weak_type
+    loss = lambda params: params["w"] ** 2  # noqa: E731
+    optimizer.step(loss)
+    before = compilations()
+    optimizer.step(loss)
+    assert compilations() == before

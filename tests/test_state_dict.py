@@ -513,7 +513,9 @@ def test_partial_loading_reads_as_in_pytorch(torch: Any) -> None:
 def test_partial_loading_needs_names_and_whole_entries() -> None:
     optimizer = momentum({"a": (2,), "b": (2,)})
     unnamed = optim.SGD([optim.Parameter(jnp.ones(2))], lr=0.1, momentum=0.9).state_dict()
-    with pytest.raises(ValueError, match=r"size of optimizer's group: 1 parameters.*; without names on both sides"):
+    with pytest.raises(
+        ValueError, match=r"size of optimizer's group: 1 parameters.*; strict=False needs names on both sides"
+    ):
         optimizer.load_state_dict(unnamed, strict=False)
     corrupt = copy.deepcopy(stepped(momentum({"a": (2,)}), 5.0).state_dict())
     corrupt["state"][0]["momentum_buffer"] = "mean"

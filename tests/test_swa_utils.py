@@ -273,3 +273,9 @@ def test_swalr_resumes_and_refuses() -> None:
         with pytest.raises(ValueError, match=r"anneal_|swa_lr"):
             swa_utils.SWALR(whole, **{"swa_lr": 0.2, **wrong})
         assert whole.param_groups[0] == before
+
+
+@pytest.mark.parametrize("name", ["avg_fn", "multi_avg_fn"])
+def test_an_average_that_is_no_function_is_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=f"^{name} must be a function, .* got 0.99"):
+        swa_utils.AveragedModel({"w": jnp.ones(2)}, **{name: 0.99})
