@@ -133,7 +133,8 @@ class Capture:
         Raises:
           TypeError: it takes others.
         """
-        if self._checked[0] is loss_fn and self._checked[1] == len(arguments):
+        function = getattr(loss_fn, "__func__", loss_fn)  # a bound method is another object each time
+        if self._checked[0] is function and self._checked[1] == len(arguments):
             return
         try:
             inspect.signature(loss_fn).bind(*arguments)
@@ -148,7 +149,7 @@ class Capture:
             raise TypeError(f"{name} is called as {name}({first}*args) and cannot be: {error}; {advice}") from None
         except ValueError:  # some functions have no signature
             pass
-        self._checked = loss_fn, len(arguments)
+        self._checked = function, len(arguments)
         alike = self._functions[getattr(loss_fn, "__code__", None)]  # of which a partial or a jitted function has none
         if hasattr(loss_fn, "__code__") and loss_fn not in alike and len(alike) < ANEW:
             alike.add(loss_fn)
