@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import jax
 from jax import Array
+from jax.extend.core import get_opaque_trace_state
 
 from optimjax import notebook
 from optimjax import state_dict as _state_dict
@@ -20,7 +21,7 @@ from optimjax.crossing import algorithm_of, functional_state, load_functional_st
 from optimjax.grouping import ParameterGroups
 from optimjax.hooks import Hooks, RemovableHandle, global_hooks
 from optimjax.lift import Algorithm, active_fields, check_layout, check_param, lift
-from optimjax.loss import Capture, update_from_loss, update_from_loss_in_place, value_and_grad
+from optimjax.loss import Call, Capture, update_from_loss, update_from_loss_in_place, value_and_grad
 from optimjax.parameter import Parameter
 from optimjax.rule import Hyperparameters, Rule, initial_slots
 from optimjax.source import ModuleSource, Source, is_single, source_of
@@ -110,6 +111,7 @@ class Optimizer:
         self._plan: Plan | None = None
         self._patterns: list[tuple[Any, list[list[int]]]] = []
         self._cut = Capture()
+        self._trace = get_opaque_trace_state()
         self._check(defaults, "")
 
         if is_single(params):
@@ -270,7 +272,18 @@ class Optimizer:
             box.grad = grad
         return (loss, aux) if has_aux else loss
 
-    def _capture(self, loss_fn: Any, args: tuple[Any, ...]) -> Any:
+    def _check_trace(self) -> None:
+        """Whether the optimizer was made where it is used: elsewhere it would be left with tracers."""
+        if get_opaque_trace_state() != self._trace:
+            raise RuntimeError(
+                f"this {type(self).__name__} was made outside of the function that JAX is tracing (jit, scan, grad), "
+                "so a step there would leave tracers in it. It compiles by itself: call it outside. For a loop of "
+                "your own inside jit take optimizer.algorithm and optimizer.functional_state(), or make the optimizer "
+                "inside, too"
+            )
+
+    def _capture(self, loss_fn: Any, args: tuple[Any, ...]) -> Call:
+        self._check_trace()
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}: {loss_fn!r}")
         given = not all(source.bound for source in self._sources)
@@ -299,6 +312,7 @@ class Optimizer:
         Inside a ``jit`` of your own use :attr:`algorithm` instead, which has no state to write to.
 
         Raises:
+          RuntimeError: called inside a ``jit``, ``scan``, ``grad``, ... that began after the optimizer was made.
           ValueError, TypeError: gradients of another structure, shape or kind; the message names the path. Nothing has
             changed then.
           RuntimeError: a gradient is sparse and the algorithm takes dense ones, or the other way round. As above.
@@ -312,7 +326,7 @@ class Optimizer:
         if grads_or_loss is None:
             self._update((box, box.grad) for box in self._parameters())
         elif callable(grads_or_loss) and not self._are_gradients(grads_or_loss):
-            loss = self._update_from_loss(grads_or_loss, args)
+            loss = self._update_from_loss(grads_or_loss, self._capture(grads_or_loss, args))
         elif args:
             raise TypeError(f"step(grads) takes no further arguments, got {len(args)}")
         else:
@@ -350,6 +364,7 @@ class Optimizer:
         return zip(boxes, itertools.chain.from_iterable(gradients), strict=True)
 
     def _update(self, pairs: Iterable[tuple[Parameter, Any]]) -> None:
+        self._check_trace()
         grads = {box: grad for box, grad in pairs if grad is not None}
         buckets, rows = self._planned(grads)
         update = update_bucket_in_place if self.donate else update_bucket
@@ -358,8 +373,7 @@ class Optimizer:
             slots, params = update(bucket.updates, bucket.slots, bucket.values, given, row)
             bucket.commit(slots, params, self.state)
 
-    def _update_from_loss(self, loss_fn: Callable[..., Any], args: tuple[Any, ...]) -> Array:
-        call = self._capture(loss_fn, args)
+    def _update_from_loss(self, loss_fn: Callable[..., Any], call: Call) -> Array:
         (bucket,), (row,) = self._planned(dict(zip(call.boxes, call.differentiated, strict=True)), together=True)
         update = update_from_loss_in_place if self.donate else update_from_loss
         slots, params, loss, changed = update(
@@ -625,7 +639,10 @@ class Optimizer:
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no hooks, as in PyTorch, and is in no step. What was remembered of steps names devices, which do
         # not pickle.
-        return vars(self) | {"_hooks": Hooks(), "_in_step": False, "_plan": None, "_patterns": []}
+        return vars(self) | {"_hooks": Hooks(), "_in_step": False, "_plan": None, "_patterns": [], "_trace": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _trace=get_opaque_trace_state())
 
 
 Optimizer.hyperparameters = Hyperparameters(Optimizer, Optimizer)

@@ -1,6 +1,8 @@
 """Leaving the facade for the functional core, and coming back."""
 
+import copy
 import functools
+import pickle
 from typing import Any
 
 import jax
@@ -254,3 +256,70 @@ def test_loading_what_does_not_fit_changes_nothing() -> None:
             optimizer.load_functional_state(wrong_params, wrong_state)
     after = jax.tree.map(np.asarray, (optimizer.params, optimizer.state_dict()))
     jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def _scan(function: Any) -> Any:
+    return lambda x: jax.lax.scan(lambda carry, _: (carry, function(x)), 0, length=2)
+
+
+TRACED = {
+    "jit": jax.jit,
+    "grad": jax.grad,
+    "vmap": lambda function: lambda x: jax.vmap(function)(x[None]),
+    "scan": _scan,
+    "eval_shape": lambda function: lambda x: jax.eval_shape(function, x),
+}
+USES = {
+    "step(loss_fn)": lambda optimizer, x: optimizer.step(_loss, x),
+    "step(grads)": lambda optimizer, x: optimizer.step(x * jnp.ones(3)),
+    "backward": lambda optimizer, x: optimizer.backward(_loss, x),
+}
+
+
+def _loss(params: Any, x: Any) -> Any:
+    kernel = params.kernel[...] if isinstance(params, nnx.Module) else params
+    return jnp.sum((kernel * x) ** 2)
+
+
+@pytest.mark.parametrize("transform", TRACED)
+@pytest.mark.parametrize(
+    ("kind", "use"), [("tree", use) for use in USES] + [("module", "step(loss_fn)"), ("LBFGS", "step(loss_fn)")]
+)
+def test_an_optimizer_from_outside_is_not_left_with_tracers(kind: str, use: str, transform: str) -> None:
+    """It raises before anything changes, and goes on as if nothing had been."""
+    start = nnx.Linear(3, 1, use_bias=False, rngs=nnx.Rngs(0)) if kind == "module" else jnp.ones(3)
+    optimizer = optim.LBFGS(start, max_iter=2) if kind == "LBFGS" else optim.Adam(start, lr=0.1)
+    optimizer.step(_loss, 1.0)
+    before = jax.tree.map(np.array, optimizer.state_dict())
+    value = np.array(optimizer.param_groups[0]["params"][0].value)
+
+    def function(x: Any) -> Any:
+        USES[use](optimizer, x)
+        return x
+
+    with pytest.raises(RuntimeError, match=r"was made outside .*optimizer\.algorithm"):
+        TRACED[transform](function)(jnp.array(1.0))
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, optimizer.state_dict()), before)
+    (box,) = optimizer.param_groups[0]["params"]
+    np.testing.assert_array_equal(box.value, value)
+    assert box.grad is None
+    optimizer.step(_loss, 1.0)
+
+
+@pytest.mark.parametrize("transform", TRACED)
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_a_copy_made_inside_is_at_home_there(transform: str, way: Any) -> None:
+    optimizer = optim.Adam(jnp.ones(3), lr=0.1)
+    optimizer.step(_loss, 1.0)
+    results = []
+
+    def function(x: Any) -> Any:
+        twin = way(optimizer)
+        loss = twin.step(_loss, x)
+        results.append(loss)
+        return loss
+
+    TRACED[transform](function)(jnp.array(1.0))
+    assert results
+    assert not isinstance(optimizer.params, jax.core.Tracer)
+    optimizer.step(_loss, 1.0)

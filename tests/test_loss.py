@@ -531,12 +531,13 @@ class Scale:
         return 2.0 * params["w"]
 
 
-def test_loss_functions_made_anew_are_warned_of_once() -> None:
+@pytest.mark.parametrize("form", ["backward", "step"])
+def test_loss_functions_made_anew_are_warned_of_once(form: str) -> None:
     optimizer = optim.SGD({"w": jnp.ones(())}, lr=0.1)
 
     def anew() -> None:
         for _ in range(12):
-            optimizer.backward(lambda params: params["w"] ** 2)
+            getattr(optimizer, form)(lambda params: params["w"] ** 2)
 
     with pytest.warns(UserWarning, match="define the function once") as warned:
         anew()
