@@ -205,6 +205,7 @@ def _check_number(name: str, value: Any) -> None:
 def _boxes(parameters: Any) -> list[Parameter]:
     """Those with a gradient."""
     if isinstance(parameters, Optimizer):
+        parameters._check_trace()
         boxes = [box for group in parameters.param_groups for box in group["params"]]
     elif isinstance(parameters, Parameter):
         boxes = [parameters]

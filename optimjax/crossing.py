@@ -45,16 +45,18 @@ def _equal(a: Any, b: Any) -> bool:
 
 def functional_state(optimizer: "Optimizer") -> tuple[Any, Any]:
     """See :meth:`optimjax.Optimizer.functional_state`."""
-    rule, boxes = _rule_of(optimizer), optimizer._parameters()
-    entries = {box: dict(optimizer.state.get(box, {})) for box in boxes}
-    # Where PyTorch keeps no count, the slots say whether there was an update.
-    counts = {entry.get("step", 0) if rule.counts_steps else int(bool(entry)) for entry in entries.values()}
+    rule, fields = _rule_of(optimizer), _fields(optimizer)
+    entries = {box: dict(optimizer.state.get(box, {})) for box in fields}
+    # Where PyTorch keeps no count, the slots say whether there was an update; where there are none, nothing does.
+    counts = {entry.get("step", 0) for entry in entries.values()}
+    if not rule.counts_steps:
+        counts = {int(bool(entry)) for box, entry in entries.items() if fields[box]}
     if len(counts) > 1:
         raise ValueError(
             f"parameters have done different numbers of updates ({', '.join(map(str, sorted(counts)))}): "
             "the functional state has one count for all"
         )
-    params = optimizer._arranged({box: box.value for box in boxes})
+    params = optimizer._arranged({box: box.value for box in fields})
     state = algorithm_of(optimizer).init(params)
 
     def filled(field: str, initial: Any) -> Any:
@@ -62,24 +64,21 @@ def functional_state(optimizer: "Optimizer") -> tuple[Any, Any]:
         return optimizer._arranged({box: entries[box].get(field, slot) for box, slot in pairs if box in entries})
 
     slots = {field: filled(field, getattr(state, field)) for field in state._fields if field != "step"}
-    return params, state._replace(step=jnp.asarray(counts.pop(), jnp.int32), **slots)
+    return params, state._replace(step=jnp.asarray(max(counts, default=0), jnp.int32), **slots)
 
 
 def load_functional_state(optimizer: "Optimizer", params: Any, state: Any) -> None:
     """See :meth:`optimjax.Optimizer.load_functional_state`."""
-    rule = _rule_of(optimizer)
-    present = optimizer._arranged({box: box.value for box in optimizer._parameters()})
+    rule, fields = _rule_of(optimizer), _fields(optimizer)
+    present = optimizer._arranged({box: box.value for box in fields})
     _check_like((params, state), (present, jax.eval_shape(algorithm_of(optimizer).init, present)))
     values = dict(optimizer._pair(params))
     columns = {field: dict(optimizer._pair(getattr(state, field))) for field in state._fields if field != "step"}
     step = int(state.step)
-    updated: dict[Parameter, dict[str, Any]] = {}
-    for index, group in enumerate(optimizer.param_groups):
-        _, flags = optimizer._resolve(group, f" of param_groups[{index}]")
-        for box in group["params"]:
-            fields = active_fields(rule, optimizer.hyperparameters, flags, box.shape)
-            count = {"step": step} if rule.counts_steps else {}
-            updated[box] = count | {field: jnp.asarray(columns[field][box]) for field in fields}
+    count = {"step": step} if rule.counts_steps else {}
+    updated = {
+        box: count | {field: jnp.asarray(columns[field][box]) for field in active} for box, active in fields.items()
+    }
     # Nothing can fail from here on.
     for box, entries in updated.items():
         box.write(jnp.asarray(values[box]))
@@ -87,6 +86,17 @@ def load_functional_state(optimizer: "Optimizer", params: Any, state: Any) -> No
         if entries and (step or rule.eager):
             optimizer.state[box] = ParameterState(entries)
     optimizer._step_called |= step > 0  # outside: a scheduler need not warn that it is stepped first
+
+
+def _fields(optimizer: "Optimizer") -> dict[Parameter, tuple[str, ...]]:
+    """The parameters that cross, which are those that are not frozen, and the slots of each."""
+    fields = {}
+    for index, group in enumerate(optimizer.param_groups):
+        _, flags = optimizer._resolve(group, f" of param_groups[{index}]")
+        for box in group["params"]:
+            if box.requires_grad:
+                fields[box] = active_fields(_rule_of(optimizer), optimizer.hyperparameters, flags, box.shape)
+    return fields
 
 
 def _rule_of(optimizer: "Optimizer") -> Rule:

@@ -16,6 +16,11 @@ from optimjax.tree import from_tensor
 __all__ = ["load", "save"]
 
 FORMAT = "optimjax"  # the header's entry that holds what is no array
+# What the format has, of NumPy's and JAX's dtypes.
+DTYPES = (
+    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 bfloat16 float8_e4m3fn float8_e5m2 "
+    "complex64"
+).split()
 
 
 def save(path: str | os.PathLike[str], state_dict: Any) -> None:
@@ -116,11 +121,21 @@ def _packed(value: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
         return {"key": [str(jax.random.key_impl(value)), _packed(jax.random.key_data(value), path, tensors)]}
     if isinstance(value, (jax.Array, np.ndarray, np.generic)) and _is_plain(value.dtype):
         array: Any = np.asarray(value)
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
         name = path.removeprefix(".")
-        pairs = array.dtype == np.complex128  # which the format has not: as float64, with one axis more
-        tensors[name] = np.stack([array.real, array.imag], axis=-1) if pairs else np.ascontiguousarray(array)
+        while name in tensors or name == "__metadata__":  # keys with dots in them can make two paths the same
+            name += "_"
+        tensors[name] = _stored(array)
         return {"array": [name, str(array.dtype), list(array.shape)]}
     raise TypeError(f"cannot save {path.removeprefix('.')!r}, a {type(value).__name__}: {value!r}")
+
+
+def _stored(array: np.ndarray) -> np.ndarray:
+    """The array in a dtype that the format has; the bytes are the same."""
+    if array.dtype == np.complex128:
+        return np.stack([array.real, array.imag], axis=-1)
+    array = np.ascontiguousarray(array)
+    return array if array.dtype.name in DTYPES else array.view(np.uint8)
 
 
 def _is_plain(dtype: Any) -> bool:

@@ -159,6 +159,7 @@ class Optimizer:
           TypeError: not a dict, or an option that this optimizer does not know.
           ValueError: a parameter is in two groups, an option is out of range, some groups have names and some not.
         """
+        self._check_trace()
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group).__name__}: {param_group!r}")
         if "params" not in param_group:
@@ -236,6 +237,7 @@ class Optimizer:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, or set those that exist to zero."""
+        self._check_trace()
         for box in self._parameters():
             box.grad = None if set_to_none or box.grad is None else zeros_like(box.grad)
 
@@ -273,13 +275,13 @@ class Optimizer:
         return (loss, aux) if has_aux else loss
 
     def _check_trace(self) -> None:
-        """Whether the optimizer was made where it is used: elsewhere it would be left with tracers."""
+        """Raise where JAX traces another function than where the optimizer was made: it would be left with tracers."""
         if get_opaque_trace_state() != self._trace:
             raise RuntimeError(
-                f"this {type(self).__name__} was made outside of the function that JAX is tracing (jit, scan, grad), "
-                "so a step there would leave tracers in it. It compiles by itself: call it outside. For a loop of "
-                "your own inside jit take optimizer.algorithm and optimizer.functional_state(), or make the optimizer "
-                "inside, too"
+                f"this {type(self).__name__} was made outside of the function that JAX is tracing (jit, scan, grad, "
+                "...), or in one that has ended: what is traced must not get into it. It compiles by itself, so call "
+                "it where it was made. For a loop of your own inside jit take optimizer.algorithm and "
+                "optimizer.functional_state(), or make the optimizer inside, too"
             )
 
     def _capture(self, loss_fn: Any, args: tuple[Any, ...]) -> Call:
@@ -317,13 +319,16 @@ class Optimizer:
             changed then.
           RuntimeError: a gradient is sparse and the algorithm takes dense ones, or the other way round. As above.
         """
+        self._check_trace()
         given, kwargs = (self, grads_or_loss, *args) if args or grads_or_loss is not None else (self,), {}
         hooked = not self._in_step  # the step of a subclass, which called this one, has run the hooks
         if hooked:
             given, kwargs = self._hooks.before_step(self, given, kwargs)
-            grads_or_loss, args = given[1] if len(given) > 1 else None, given[2:]
+            grads_or_loss, args = _form(*given[1:], **kwargs)
         loss = None
         if grads_or_loss is None:
+            if args:
+                raise TypeError(f"step(None) takes no further arguments, got {len(args)}: is the loss function None?")
             self._update((box, box.grad) for box in self._parameters())
         elif callable(grads_or_loss) and not self._are_gradients(grads_or_loss):
             loss = self._update_from_loss(grads_or_loss, self._capture(grads_or_loss, args))
@@ -364,7 +369,6 @@ class Optimizer:
         return zip(boxes, itertools.chain.from_iterable(gradients), strict=True)
 
     def _update(self, pairs: Iterable[tuple[Parameter, Any]]) -> None:
-        self._check_trace()
         grads = {box: grad for box, grad in pairs if grad is not None}
         buckets, rows = self._planned(grads)
         update = update_bucket_in_place if self.donate else update_bucket
@@ -379,8 +383,8 @@ class Optimizer:
         slots, params, loss, changed = update(
             loss_fn, call.cut, bucket.updates, bucket.slots, call.differentiated, call.traced, row
         )
-        call.write_back(changed)
         bucket.commit(slots, params, self.state)
+        call.write_back(changed)
         return loss
 
     def _planned(self, grads: Mapping[Parameter, Any], together: bool = False) -> tuple[list[Bucket], list[Any]]:
@@ -525,6 +529,7 @@ class Optimizer:
         >>> new.load_state_dict(old.state_dict(), strict=False)
         IncompatibleKeys(missing_keys=['neck', 'head'], unexpected_keys=['head'])
         """
+        self._check_trace()
         if not isinstance(state_dict, Mapping):
             raise ValueError(f"a state dict is a dict, got {type(state_dict).__name__}: {state_dict!r}")
         state_dict = self._hooks.replace("load_state_dict_pre", self, dict(state_dict))
@@ -650,6 +655,11 @@ Optimizer.hyperparameters = Hyperparameters(Optimizer, Optimizer)
 _DEFAULTS_ONLY = object()  # in place of params: work out the defaults, make no optimizer
 
 
+def _form(grads_or_loss: Any = None, *args: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The arguments of ``step`` as a hook has left them."""
+    return grads_or_loss, args
+
+
 def _is_list_of_groups(params: Any) -> bool:
     if not isinstance(params, (list, tuple)) or not params or not all(isinstance(group, dict) for group in params):
         return False
@@ -666,6 +676,7 @@ def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
         if self._in_step:
             return step(self, *args, **kwargs)
+        self._check_trace()
         self._in_step = True
         try:
             given, kwargs = self._hooks.before_step(self, (self, *args), kwargs)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optimjax.parameter import Parameter
+from optimjax.tree import from_tensor
 
 if TYPE_CHECKING:
     from optimjax.optimizer import Optimizer
@@ -244,9 +245,7 @@ def _array(value: Any, box: Parameter) -> Any:
     """A JAX array of the saved dtype, placed like the parameter; plain numbers stay as they are."""
     if isinstance(value, (bool, int, float)):
         return value
-    if hasattr(value, "detach"):  # a PyTorch tensor; DLPack also carries bfloat16, which NumPy lacks
-        value = jnp.array(jnp.from_dlpack(value.detach().cpu().contiguous()), copy=True)
-    array = jnp.asarray(value)
+    array = jnp.array(from_tensor(value))
     sharding = getattr(box.value, "sharding", None)
     if array.shape == box.shape and not isinstance(sharding, (jax.sharding.SingleDeviceSharding, type(None))):
         array = jax.device_put(array, sharding)
@@ -257,8 +256,7 @@ def plain(value: Any, default: Any = None) -> Any:
     """Undo what checkpointers and other frameworks do to plain Python values in groups."""
     if isinstance(value, (list, tuple)):
         return (tuple if isinstance(default, tuple) else type(value))(map(plain, value))
-    if hasattr(value, "detach"):
-        value = value.detach().cpu().numpy()
+    value = from_tensor(value)
     if isinstance(value, (np.generic, np.ndarray)) and np.ndim(value) == 0:
         return value.item()
     return value
