@@ -3,7 +3,7 @@
 import functools
 import types
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jax import Array
 from optimjax.optimizer import Optimizer
 from optimjax.parameter import Parameter
 from optimjax.sparse import Entries, coalesced, is_sparse, over_values
-from optimjax.tree import dotted
+from optimjax.tree import dotted, is_inexact_array
 
 __all__ = ["clip_grad_norm", "clip_grad_norm_", "clip_grad_value", "clip_grad_value_"]
 
@@ -23,7 +23,7 @@ def clip_grad_norm(grads: Any, max_norm: Any, norm_type: float = 2.0) -> tuple[A
     """Scale gradients down together so that the norm of all of them is at most ``max_norm``.
 
     As in PyTorch they are multiplied by ``max_norm / (norm + 1e-6)`` where that is below 1. The norm is taken in
-    float32 at least, whatever the dtype of the gradients, and its derivative at zero gradients is zero.
+    float32 at least, whatever the dtype of the gradients, and its derivative by an element that is zero is zero.
 
     Args:
       grads: a tree of real or complex floating arrays, dense or sparse (``BCOO``, whose duplicates count as their sum);
@@ -36,7 +36,8 @@ def clip_grad_norm(grads: Any, max_norm: Any, norm_type: float = 2.0) -> tuple[A
 
     Raises:
       ValueError: ``norm_type`` is not positive.
-      TypeError: ``max_norm`` is no number, or a gradient no floating array; the message names its path.
+      TypeError: ``max_norm`` is no number, or a gradient no floating array; the message names its path. Boxes are
+        for :func:`clip_grad_norm_`.
 
     See `torch.nn.utils.clip_grad_norm_
     <https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.clip_grad_norm_.html>`_.
@@ -48,7 +49,7 @@ def clip_grad_norm(grads: Any, max_norm: Any, norm_type: float = 2.0) -> tuple[A
     """
     _check_number("max_norm", max_norm)
     order = _order(norm_type)
-    leaves = _gradients(grads)
+    leaves = _gradients(grads, "clip_grad_norm")
     total = _root([_powers(grad, order) for grad in leaves], order) if leaves else jnp.zeros(())
     return jax.tree.map(lambda grad: _scaled(grad, max_norm, total), grads, is_leaf=is_sparse), total
 
@@ -61,7 +62,8 @@ def clip_grad_value(grads: Any, clip_value: Any) -> Any:
       clip_value: a number or scalar array, at least 0.
 
     Raises:
-      TypeError: ``clip_value`` is no number, or a gradient no floating array; the message names its path.
+      TypeError: ``clip_value`` is no number, or a gradient no floating array; the message names its path. Boxes are
+        for :func:`clip_grad_value_`.
 
     See `torch.nn.utils.clip_grad_value_
     <https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.clip_grad_value_.html>`_.
@@ -71,7 +73,7 @@ def clip_grad_value(grads: Any, clip_value: Any) -> Any:
     [ 1.  -0.5]
     """
     _check_number("clip_value", clip_value)
-    _gradients(grads)
+    _gradients(grads, "clip_grad_value")
     return jax.tree.map(lambda grad: _clamped(grad, clip_value), grads, is_leaf=is_sparse)
 
 
@@ -145,10 +147,11 @@ def clip_grad_value_(
 def _powers(grad: Any, order: float) -> Array:
     """The sum of the absolute values to the power of the order; of infinite order their maximum."""
     values = Entries(grad).values if is_sparse(grad) else grad
-    sizes = jnp.abs(values).astype(_wide(values))
+    wide = _wide(values)
     if order == float("inf"):
-        return jnp.max(sizes, initial=0)
-    return jnp.sum(sizes ** (int(order) if order.is_integer() else order))  # whole powers are products
+        return jnp.max(_flat_at_zero(lambda x: jnp.abs(x).astype(wide), values), initial=0)
+    power = int(order) if order.is_integer() else order  # whole powers are products
+    return jnp.sum(_flat_at_zero(lambda x: jnp.abs(x).astype(wide) ** power, values))
 
 
 @functools.partial(jax.jit, static_argnames="order")
@@ -157,9 +160,13 @@ def _root(powers: list[Array], order: float) -> Array:
     if order == float("inf"):
         return jnp.max(jnp.stack(powers))
     total = functools.reduce(jnp.add, powers)
-    some = total != 0  # the root has no derivative at zero
-    total = jnp.where(some, total, 1)
-    return jnp.where(some, jnp.sqrt(total) if order == 2 else total ** (1 / order), 0)
+    return _flat_at_zero(lambda x: jnp.sqrt(x) if order == 2 else x ** (1 / order), total)
+
+
+def _flat_at_zero(function: Callable[[Array], Array], x: Array) -> Array:
+    """A function that is 0 at 0, with the derivative 0 there, where its own may be infinite or that of one side."""
+    some = x != 0
+    return jnp.where(some, function(jnp.where(some, x, 1)), 0)
 
 
 @jax.jit
@@ -191,9 +198,12 @@ def _wide(grad: Any) -> Any:
 def _order(norm_type: Any) -> float:
     if not isinstance(norm_type, (int, float, str, np.generic)):
         raise TypeError(f"norm_type must be a positive number, got {norm_type!r}")
-    order = float(norm_type)
+    try:
+        order = float(norm_type)
+    except ValueError:
+        order = float("nan")
     if not order > 0:
-        raise ValueError(f"Invalid norm_type: {norm_type}: it must be positive")
+        raise ValueError(f"Invalid norm_type: {norm_type!r}: it must be a positive number")
     return order
 
 
@@ -224,10 +234,17 @@ def _boxes(parameters: Any) -> list[Parameter]:
     return [box for box in boxes if box.grad is not None]
 
 
-def _gradients(grads: Any) -> list[Any]:
-    paths, _ = jax.tree_util.tree_flatten_with_path(grads, is_leaf=is_sparse)
+def _gradients(grads: Any, caller: str) -> list[Any]:
+    paths, _ = jax.tree_util.tree_flatten_with_path(grads, is_leaf=lambda x: is_sparse(x) or isinstance(x, Parameter))
     for path, grad in paths:
-        if not (hasattr(grad, "dtype") and jnp.issubdtype(grad.dtype, jnp.inexact)):
-            kind = f"{grad.dtype} array" if hasattr(grad, "dtype") else type(grad).__name__
-            raise TypeError(f"gradient {dotted(path) or 'grads'!r} must be a floating array, got {kind}: {grad!r}")
+        if is_inexact_array(grad.data if is_sparse(grad) else grad):
+            continue
+        name = dotted(path) or "grads"
+        if isinstance(grad, (Parameter, Optimizer)):
+            raise TypeError(
+                f"{name!r} is a {type(grad).__name__}: {caller} takes trees of gradients; "
+                f"{caller}_ is for parameters and optimizers"
+            )
+        kind = f"{grad.dtype} array" if isinstance(grad, (jax.Array, np.ndarray, np.generic)) else type(grad).__name__
+        raise TypeError(f"gradient {name!r} must be a floating array, got {kind}: {grad!r}")
     return [grad for _, grad in paths]

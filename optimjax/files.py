@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from optimjax.tree import from_tensor
 
@@ -17,22 +18,23 @@ __all__ = ["load", "save"]
 
 FORMAT = "optimjax"  # the header's entry that holds what is no array
 # What the format has, of NumPy's and JAX's dtypes.
-DTYPES = (
-    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 bfloat16 float8_e4m3fn float8_e5m2 "
-    "complex64"
-).split()
+DTYPES = {
+    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64",
+    "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64",
+}  # fmt: skip
 
 
 def save(path: str | os.PathLike[str], state_dict: Any) -> None:
     """Write a state dict, of an optimizer, a scheduler, or a dict of several, to one file.
 
     The file is written beside its place and then moved there: whatever happens, ``path`` holds the old content or the
-    new one.
+    new one. It keeps the permissions that it has; through a symbolic link, what that points to is written.
 
     Args:
       path: usually ends in ``.safetensors``; its folder must exist.
       state_dict: nested dicts, lists and tuples of arrays (JAX, NumPy, PyTorch), random keys, numbers, strings,
-        booleans, ``None``. An ``nnx.State`` is such a dict, and a :class:`optimjax.Parameter` such an array.
+        booleans, ``None``. An ``nnx.State`` is such a dict, and a :class:`optimjax.Parameter` such an array. Keys are
+        strings, numbers, booleans, ``None``, and tuples of these.
 
     Raises:
       TypeError: it holds something else; the message names the path. Nothing is written then.
@@ -54,15 +56,15 @@ def save(path: str | os.PathLike[str], state_dict: Any) -> None:
         raise TypeError(f"the path comes first, as in save(path, state_dict); got {state_dict!r} as the state dict")
     tensors: dict[str, np.ndarray] = {}
     header = json.dumps(_packed(state_dict, "", tensors))
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     library = _safetensors()
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     beside.touch()  # says at once if that cannot be
-    mode = beside.stat().st_mode
+    mode = (path if path.exists() else beside).stat().st_mode
     try:
-        library.numpy.save_file(tensors, beside, {FORMAT: header})
-        beside.chmod(mode)  # safetensors makes files that only their owner may read
+        library.numpy.save_file(tensors, beside, {FORMAT: header})  # only its owner may read it
         with open(beside, "rb+") as file:
+            beside.chmod(mode)  # once it is open, for the mode may be to read only
             os.fsync(file.fileno())  # or a power failure might leave the new name on an empty file
         os.replace(beside, path)
     except BaseException:
@@ -83,15 +85,19 @@ def load(path: str | os.PathLike[str]) -> Any:
     """
     library = _safetensors()
     data = Path(path).read_bytes()
+    refusal = f"{os.fspath(path)!r} is truncated, or no file that optim.save has written"
     try:
         tensors = dict(library.deserialize(data))
         size = int.from_bytes(data[:8], "little")
-        header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][FORMAT])
-    except (library.SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{os.fspath(path)!r} is truncated, or no file that optim.save has written: {error}"
-        ) from error
-    return _unpacked(header, tensors)
+        entries = json.loads(data[8 : 8 + size]).get("__metadata__") or {}
+    except (library.SafetensorError, ValueError) as error:
+        raise ValueError(f"{refusal}: {error}") from error
+    if FORMAT not in entries:
+        raise ValueError(f"{refusal}: its header has no {FORMAT!r}")
+    try:
+        return _unpacked(json.loads(entries[FORMAT]), tensors)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{refusal}: {FORMAT!r} in its header is broken: {error!r}") from error
 
 
 def _safetensors() -> Any:
@@ -105,18 +111,22 @@ def _safetensors() -> Any:
 # JSON has lists, and objects with strings as keys. What else there is becomes an object with one entry, the kind.
 
 
+PLAIN = (type(None), bool, int, float, str)
+
+
 def _packed(value: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
-    if value is None or type(value) in (bool, int, float, str):
+    if type(value) in PLAIN:
         return value
     if isinstance(value, Mapping):
-        entries = [[_packed(k, path, tensors), _packed(v, f"{path}.{k}", tensors)] for k, v in value.items()]
-        return {"dict": entries}
+        return {"dict": [[_packed_key(k, path), _packed(v, f"{path}.{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, (list, tuple)):
         items = [_packed(item, f"{path}.{index}", tensors) for index, item in enumerate(value)]
         return {"tuple": items} if isinstance(value, tuple) else items
     value = from_tensor(value)
-    if hasattr(value, "__jax_array__"):  # a Parameter, or a variable of flax.nnx
+    if getattr(value, "__jax_array__", None) is not None:  # a Parameter, or a variable of flax.nnx
         value = value.__jax_array__()
+    if isinstance(value, Tracer):
+        raise TypeError(f"cannot save {path.removeprefix('.')!r} while JAX traces it: save outside of jit, grad, ...")
     if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         return {"key": [str(jax.random.key_impl(value)), _packed(jax.random.key_data(value), path, tensors)]}
     if isinstance(value, (jax.Array, np.ndarray, np.generic)) and _is_plain(value.dtype):
@@ -130,7 +140,16 @@ def _packed(value: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
     raise TypeError(f"cannot save {path.removeprefix('.')!r}, a {type(value).__name__}: {value!r}")
 
 
-def _stored(array: np.ndarray) -> np.ndarray:
+def _packed_key(key: Any, path: str) -> Any:
+    if isinstance(key, tuple):
+        return {"tuple": [_packed_key(item, path) for item in key]}
+    key = key.item() if isinstance(key, np.generic) else key
+    if type(key) in PLAIN:
+        return key
+    raise TypeError(f"cannot save {f'{path}.{key}'.removeprefix('.')!r}: its key is a {type(key).__name__}")
+
+
+def _stored(array: Any) -> np.ndarray:
     """The array in a dtype that the format has; the bytes are the same."""
     if array.dtype == np.complex128:
         return np.stack([array.real, array.imag], axis=-1)
@@ -139,7 +158,9 @@ def _stored(array: np.ndarray) -> np.ndarray:
 
 
 def _is_plain(dtype: Any) -> bool:
-    """Numbers and booleans; no strings or objects."""
+    """Numbers and booleans; no strings, objects or times."""
+    if jnp.issubdtype(dtype, np.timedelta64):  # for NumPy, an integer
+        return False
     return jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)
 
 

@@ -70,6 +70,8 @@ def group_parameters(params: Any, rules: Sequence[Mapping[str, Any]]) -> Paramet
         where = f"rules[{index}]"
         if not isinstance(rule, Mapping) or "params" not in rule:
             raise TypeError(f"{where} must be a dict with 'params', got {rule!r}")
+        if not isinstance(rule.get("requires_grad", True), bool):
+            raise TypeError(f"'requires_grad' of {where} must be True or False, got {rule['requires_grad']!r}")
         matches = _matcher(rule["params"], where)
         members = [(name, box) for name, box in left.items() if matches(name, box.value)]
         if not members:

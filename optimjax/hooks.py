@@ -1,6 +1,7 @@
 """Hooks: functions that run before and after a step, and around saving and loading, as in PyTorch."""
 
 import itertools
+import reprlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,15 +10,19 @@ __all__ = ["Hooks", "RemovableHandle", "global_hooks"]
 
 
 class RemovableHandle:
-    """What registering a hook returns: ``remove()`` takes it off again; also a context manager."""
+    """What registering a hook returns: ``remove()`` takes it off again; also a context manager.
+
+    Attributes:
+      id: a number that no other hook has.
+    """
 
     def __init__(self, hooks: "OrderedDict[int, Any]", key: int):
         self._hooks = hooks
-        self._key = key
+        self.id = key
 
     def remove(self) -> None:
         """Take the hook off; a second call does nothing."""
-        self._hooks.pop(self._key, None)
+        self._hooks.pop(self.id, None)
 
     def __enter__(self) -> "RemovableHandle":
         return self
@@ -56,8 +61,11 @@ class Hooks:
             result = hook(optimizer, args, kwargs)
             if result is not None:
                 if not isinstance(result, tuple) or len(result) != 2:
+                    name = getattr(hook, "__qualname__", type(hook).__name__)
+                    got = " ".join(reprlib.repr(result).split())  # in one line
                     raise RuntimeError(
-                        f"{optimizer.step} must return None or a tuple of (new_args, new_kwargs), but got {result}."
+                        f"step pre-hook {name} of {type(optimizer).__name__} must return None or a tuple of "
+                        f"(new_args, new_kwargs), but got {got}"
                     )
                 args, kwargs = result
         return args, kwargs

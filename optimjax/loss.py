@@ -2,7 +2,9 @@
 
 A call ``loss_fn(*arguments)`` is cut into what is differentiated (the boxes' arrays), what is only traced (other
 arrays and numbers, other variables of ``flax.nnx`` modules) and what is static (functions, strings, the structure of
-modules). A module that the loss changes, its batch statistics or random state, is written back afterwards.
+modules). A module that the loss changes, its batch statistics or random state, is written back afterwards. So is what
+the loss writes into a parameter, as ``nnx.SpectralNorm`` does: the gradient is that at the value before, the update is
+applied to the value after.
 """
 
 import functools
@@ -10,17 +12,18 @@ import inspect
 import itertools
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from optimjax.parameter import Parameter, value_of
 from optimjax.step import Donating, Updates, update_each
-from optimjax.tree import from_tensor
+from optimjax.tree import dotted, from_tensor
 from optimjax.variable import VariableParameter, is_nnx, nnx
 
 __all__ = ["Call", "Capture", "update_from_loss", "value_and_grad"]
@@ -52,22 +55,29 @@ class Cut:
         leaves = [what if role == "static" else pick[role](what) for role, what in self.leaves]
         return self.treedef.unflatten(leaves), nodes
 
-    def changed(self, nodes: Any, traced: Sequence[Array]) -> list[Array]:
-        """The arrays of the modules' other variables after the call."""
+    def after(
+        self, nodes: Any, differentiated: Sequence[Array], traced: Sequence[Array]
+    ) -> tuple[dict[int, Array], list[Array]]:
+        """The arrays of the modules after the call: those of parameters, by index, and of other variables."""
         if nodes is None:
-            return []
-        leaves, treedef = jax.tree.flatten(nnx().split(nodes)[1])
+            return {}, []
+        paths, treedef = jax.tree_util.tree_flatten_with_path(nnx().split(nodes)[1])
         if treedef != self.state_treedef:
             raise ValueError(
                 "the loss function added, removed or reshaped variables of a module (for example with sow); do that "
                 "outside of it, or return what you need as auxiliary output"
             )
-        roles = list(zip(leaves, self.state_roles, strict=True))
-        if any(role == "constant" and leaf is not traced[index] for leaf, (role, index) in roles):
+        roles = [(path, leaf, *role) for (path, leaf), role in zip(paths, self.state_roles, strict=True)]
+        if any(role == "constant" and leaf is not traced[index] for _, leaf, role, index in roles):
             raise ValueError(
                 "the loss function assigned to an array of a module that is in no nnx.Variable: wrap it in one"
             )
-        return [leaf for leaf, (role, _) in roles if role == "traced"]
+        params = {
+            index: _left(path, leaf, differentiated[index])
+            for path, leaf, role, index in roles
+            if role == "differentiated"
+        }
+        return params, [leaf for _, leaf, role, _ in roles if role == "traced"]
 
     # A static argument is hashed and compared at every call, and a module's graphdef is slow in both.
     @functools.cached_property
@@ -84,6 +94,20 @@ class Cut:
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Cut) and self._fields == other._fields)
+
+
+def _left(path: Any, new: Any, old: Array) -> Array:
+    """What a loss has left in a parameter."""
+    if new is old:
+        return old
+    array = jnp.asarray(new)
+    if (array.shape, array.dtype) != (old.shape, old.dtype):
+        name = dotted(path[1:]).removesuffix(".value")
+        raise TypeError(
+            f"the loss function writes {array.dtype}{list(array.shape)} into the parameter {name!r}, which must keep "
+            f"{old.dtype}{list(old.shape)}: cast what is written, in layers of flax.nnx with dtype="
+        )
+    return jnp.asarray(array, array.dtype)  # without a weak type, or the next step would compile
 
 
 @dataclass
@@ -110,8 +134,10 @@ class Call:
                 self.traced.extend(jax.tree.leaves(origin.get_value()))
         return self
 
-    def write_back(self, changed: Sequence[Array]) -> None:
-        """Write what the call changed into the modules."""
+    def write_back(self, changed: Sequence[Array], written: Mapping[int, Array] = {}) -> None:
+        """Write what the call changed into the modules, and into parameters."""
+        for index, value in written.items():
+            self.boxes[index].write(value)
         values = iter(changed)
         for variable in self.variables:
             leaves, treedef = jax.tree.flatten(variable.get_value())
@@ -124,7 +150,6 @@ class Capture:
     def __init__(self) -> None:
         self._key: Any = None
         self._call: Any = None
-        self._checked: tuple[Any, int] = None, 0
         self._functions: defaultdict[Any, set[Any]] = defaultdict(set)  # loss functions by their code
 
     def check(self, loss_fn: Callable[..., Any], arguments: tuple[Any, ...], given_first: bool) -> None:
@@ -133,23 +158,14 @@ class Capture:
         Raises:
           TypeError: it takes others.
         """
-        function = getattr(loss_fn, "__func__", loss_fn)  # a bound method is another object each time
-        if self._checked[0] is function and self._checked[1] == len(arguments):
-            return
         try:
-            inspect.signature(loss_fn).bind(*arguments)
+            hash(loss_fn)
         except TypeError as error:
-            name = getattr(loss_fn, "__name__", "loss_fn")
-            first = "optimizer.params, " * given_first
-            advice = (
-                "the optimizer passes the model or the tree that it was made from, so leave it out"
-                if given_first
-                else "an optimizer made from boxes of a module passes nothing, so give the module"
-            )
-            raise TypeError(f"{name} is called as {name}({first}*args) and cannot be: {error}; {advice}") from None
-        except ValueError:  # some functions have no signature
-            pass
-        self._checked = function, len(arguments)
+            raise TypeError(
+                "what is compiled for a loss function is remembered by its hash, and this "
+                f"{type(loss_fn).__name__} has none ({error}): give a plain function, and what it reads among args"
+            ) from None
+        _check_signature(loss_fn, len(arguments), given_first)
         alike = self._functions[getattr(loss_fn, "__code__", None)]  # of which a partial or a jitted function has none
         if hasattr(loss_fn, "__code__") and loss_fn not in alike and len(alike) < ANEW:
             alike.add(loss_fn)
@@ -178,6 +194,23 @@ class Capture:
 
     def __reduce__(self) -> Any:
         return Capture, ()  # what is remembered goes by identity
+
+
+@functools.lru_cache(maxsize=64)  # looking at a signature is slow, and a loop may have several losses
+def _check_signature(loss_fn: Callable[..., Any], count: int, given_first: bool) -> None:
+    try:
+        inspect.signature(loss_fn).bind(*[None] * count)
+    except TypeError as error:
+        name = getattr(loss_fn, "__name__", "loss_fn")
+        first = "optimizer.params, " * given_first
+        advice = (
+            "the optimizer passes the model or the tree that it was made from, so leave it out"
+            if given_first
+            else "an optimizer made from boxes of a module passes nothing, so give the module"
+        )
+        raise TypeError(f"{name} is called as {name}({first}*args) and cannot be: {error}; {advice}") from None
+    except ValueError:  # some functions have no signature
+        pass
 
 
 def _kind(leaf: Any, fixed: bool) -> Role:
@@ -259,6 +292,9 @@ def _evaluate(loss_fn: Callable[..., Any], cut: Cut, has_aux: bool, differentiat
     def compute(differentiated: Any) -> Any:
         arguments, nodes = cut.arguments(differentiated, traced)
         result = loss_fn(*arguments)
+        count = len(result) if isinstance(result, (tuple, list)) else 1
+        if has_aux and count != 2:
+            raise TypeError(f"with has_aux=True the loss function must return (loss, aux), two results, got {count}")
         loss, aux = result if has_aux else (result, None)
         if not hasattr(loss, "dtype") and not isinstance(loss, (int, float)):
             raise TypeError(
@@ -271,28 +307,35 @@ def _evaluate(loss_fn: Callable[..., Any], cut: Cut, has_aux: bool, differentiat
                 "the loss depends on none of the parameters, so nothing would be trained: compute it from what the "
                 "function is given, not from a model or arrays outside of it"
             )
-        return loss, (aux, cut.changed(nodes, traced))
+        return loss, (aux, *cut.after(nodes, differentiated, traced))
 
-    (loss, (aux, changed)), grads = jax.value_and_grad(compute, has_aux=True)(differentiated)
-    return loss, aux, changed, grads
+    (loss, (aux, params, changed)), grads = jax.value_and_grad(compute, has_aux=True)(differentiated)
+    # Compared out here, for inside of a derivative an array that went through nnx.jit is another tracer.
+    written = {index: value for index, value in params.items() if value is not differentiated[index]}
+    return loss, aux, changed, written, grads
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "cut", "has_aux"))
 def value_and_grad(
     loss_fn: Callable[..., Any], cut: Cut, has_aux: bool, differentiated: Any, traced: Any, accumulated: Any
 ) -> Any:
-    """``(loss, aux, changed, gradients)``, the gradients added to those accumulated so far (``None``: none yet)."""
-    loss, aux, changed, grads = _evaluate(loss_fn, cut, has_aux, differentiated, traced)
+    """``(loss, aux, changed, written, gradients)``: see :meth:`Call.write_back`.
+
+    The gradients are added to those accumulated so far (``None``: none yet). ``written`` has those parameters only that
+    the loss writes into, which tracing tells: where there are none, it costs nothing.
+    """
+    loss, aux, changed, written, grads = _evaluate(loss_fn, cut, has_aux, differentiated, traced)
     total = [grad if old is None else old + grad for grad, old in zip(grads, accumulated, strict=True)]
-    return loss, aux, changed, total
+    return loss, aux, changed, written, total
 
 
 def _update_from_loss(
     loss_fn: Callable[..., Any], cut: Cut, updates: Updates, slots: Any, differentiated: Any, traced: Any, rows: Any
 ) -> Any:
     """Value, gradient and update in one program: ``(slots, parameters, loss, changed)``, as :func:`update_each`."""
-    loss, _, changed, grads = _evaluate(loss_fn, cut, False, differentiated, traced)
-    return *update_each(updates, slots, differentiated, grads, rows), loss, changed
+    loss, _, changed, written, grads = _evaluate(loss_fn, cut, False, differentiated, traced)
+    params = [written.get(index, param) for index, param in enumerate(differentiated)]
+    return *update_each(updates, slots, params, grads, rows), loss, changed
 
 
 _STATIC = ["loss_fn", "cut", "updates"]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from optimjax.step import ParameterState
+
 if TYPE_CHECKING:
     from optimjax.optimizer import Optimizer
 
@@ -29,7 +31,7 @@ def table(optimizer: "Optimizer") -> str:
     rows = []
     for index, group in enumerate(groups):
         boxes = group["params"]
-        state = sum(optimizer.state[box].nbytes for box in boxes if box in optimizer.state)
+        state = sum(ParameterState.of(optimizer.state[box]).nbytes for box in boxes if box in optimizer.state)
         cells = [
             str(group.get("name", index)),
             _names(group.get("param_names") or [box.name or str(box.shape) for box in boxes]),

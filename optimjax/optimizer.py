@@ -9,11 +9,10 @@ import functools
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 from jax import Array
-from jax.extend.core import get_opaque_trace_state
 
 from optimjax import notebook
 from optimjax import state_dict as _state_dict
@@ -24,7 +23,7 @@ from optimjax.lift import Algorithm, active_fields, check_layout, check_param, l
 from optimjax.loss import Call, Capture, update_from_loss, update_from_loss_in_place, value_and_grad
 from optimjax.parameter import Parameter
 from optimjax.rule import Hyperparameters, Rule, initial_slots
-from optimjax.source import ModuleSource, Source, is_single, source_of
+from optimjax.source import BoxSource, ModuleSource, Source, is_single, source_of
 from optimjax.sparse import zeros_like
 from optimjax.state_dict import IncompatibleKeys
 from optimjax.step import (
@@ -40,6 +39,11 @@ from optimjax.step import (
     update_bucket_in_place,
 )
 from optimjax.tree import check_gradient
+
+try:
+    from jax.extend.core import get_opaque_trace_state
+except ImportError:  # before JAX 0.9
+    from jax.core import get_opaque_trace_state  # pyright: ignore[reportAttributeAccessIssue]
 
 __all__ = [
     "Optimizer",
@@ -94,14 +98,16 @@ class Optimizer:
         if "step" in vars(cls):
             cls.step = _hooked(vars(cls)["step"])
 
-    def __init__(self, params: Any, defaults: dict[str, Any]):
-        self.defaults = defaults
-        if params is _DEFAULTS_ONLY:
-            return
-        self.state: defaultdict[Parameter, ParameterState] = defaultdict(ParameterState)
-        self.param_groups: list[dict[str, Any]] = []
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """An optimizer without groups: of a copy, and of a subclass that wraps another one, the only constructor."""
+        self = super().__new__(cls)
+        self._begin()
+        return self
+
+    def _begin(self) -> None:
         self._hooks = Hooks()
         self._sources: list[Source] = []
+        self._grouped = False
         # For lr_scheduler: whether one is attached and step() has been called since; whether a state was loaded; and
         # for each group, by name, what was there before schedulers were built, and after.
         self._scheduled = self._step_called = False
@@ -112,6 +118,13 @@ class Optimizer:
         self._patterns: list[tuple[Any, list[list[int]]]] = []
         self._cut = Capture()
         self._trace = get_opaque_trace_state()
+
+    def __init__(self, params: Any, defaults: dict[str, Any]):
+        self.defaults = defaults
+        if params is _DEFAULTS_ONLY:
+            return
+        self.state: defaultdict[Any, ParameterState] = defaultdict(ParameterState)
+        self.param_groups: list[dict[str, Any]] = []
         self._check(defaults, "")
 
         if is_single(params):
@@ -167,6 +180,8 @@ class Optimizer:
         where = f" of param_groups[{len(self.param_groups)}]"
         given = param_group["params"]
         source = source_of([given] if is_single(given) else given)
+        if not source.parameters and (given is None or jax.tree_util.all_leaves([given])):
+            raise TypeError(f"params{where} must hold parameters, got {type(given).__name__}: {given!r}")
         group: dict[str, Any] = {**self.defaults, **param_group, "params": list(source.parameters)}
         # A group without parameters, which has neither names nor lacks them, is as those before it.
         named = [other for other in self.param_groups if "param_names" in other]
@@ -174,7 +189,10 @@ class Optimizer:
             group["param_names"] = list(source.names or ())
         for name in param_group.keys() - self.hyperparameters.kinds.keys() - self.defaults.keys():
             if name not in ("params", "param_names", "name") and not name.startswith("initial_"):
-                raise TypeError(f"unknown option {name!r}{where}: {type(self).__name__} knows {sorted(self.defaults)}")
+                raise TypeError(
+                    f"unknown option {name!r}{where}: {type(self).__name__} knows {sorted(self.defaults)}; an entry of "
+                    f"your own is set afterwards, optimizer.param_groups[{len(self.param_groups)}][{name!r}] = ..."
+                )
         self._check(group, where)
         if self.rule is not None:
             flags = self.hyperparameters.flags(group)
@@ -246,9 +264,10 @@ class Optimizer:
 
         An optimizer made from boxes of a ``flax.nnx`` module takes the module among ``args`` instead:
         ``backward(loss_fn, model, x, y)`` calls ``loss_fn(model, x, y)``. Batch statistics and random state of
-        modules are updated. Compiled once for each ``loss_fn`` object and shapes of ``args``: a lambda made anew in
-        every iteration compiles in every iteration. What the function reads from elsewhere, a global or an attribute of
-        its ``self``, is read once: whatever changes must be among ``args``.
+        modules are updated, and what the function writes into an ``nnx.Param`` is kept. Compiled once for each
+        ``loss_fn`` object and shapes of ``args``: a lambda made anew in every iteration compiles in every iteration.
+        What the function reads from elsewhere, a global or an attribute of its ``self``, is read once: whatever changes
+        must be among ``args``.
 
         Args:
           loss_fn: returns a real scalar, or ``(scalar, aux)`` with ``has_aux``.
@@ -266,10 +285,10 @@ class Optimizer:
         """
         call = self._capture(loss_fn, args)
         accumulated = [box.grad for box in call.boxes]
-        loss, aux, changed, grads = value_and_grad(
+        loss, aux, changed, written, grads = value_and_grad(
             loss_fn, call.cut, has_aux, call.differentiated, call.traced, accumulated
         )
-        call.write_back(changed)
+        call.write_back(changed, written)
         for box, grad in zip(call.boxes, grads, strict=True):
             box.grad = grad
         return (loss, aux) if has_aux else loss
@@ -294,6 +313,8 @@ class Optimizer:
         self._cut.check(loss_fn, args, given)
         call = self._cut(args, self._parameters(), given)
         if not call.boxes:
+            if not any(box.requires_grad for box in self._parameters()):
+                raise ValueError("all of the optimizer's parameters have requires_grad=False: nothing would be trained")
             raise ValueError(
                 "none of the optimizer's parameters that require a gradient is among the arguments: "
                 "pass the module that they belong to, as in step(loss_fn, model, x, y)"
@@ -354,7 +375,7 @@ class Optimizer:
             if box.requires_grad:
                 yield box, grad
             elif grad is not None:
-                check_gradient(box.__str__, box.value, grad)
+                check_gradient(functools.partial(self._name, box), box.value, grad)
 
     def _pair(self, grads: Any) -> Iterable[tuple[Parameter, Any]]:
         parts = [grads]
@@ -445,10 +466,10 @@ class Optimizer:
             for box in group["params"]:
                 if (grad := grads.get(box)) is not None:
                     value = box.value
-                    check_gradient(box.__str__, value, grad)
-                    check_layout(self._rule(), type(self).__name__, grad, box.__str__)
-                    state = self.state.get(box)
-                    state = ParameterState() if state is None else state
+                    name = functools.partial(self._name, box)
+                    check_gradient(name, value, grad)
+                    check_layout(self._rule(), type(self).__name__, grad, name)
+                    state = ParameterState.of(self.state.get(box, {}))
                     slots, step = self._prepared(value, state, hypers[index], flags[index])
                     members.append(Member(box, value, index, flags[index], state, slots, step))
         return members
@@ -487,8 +508,17 @@ class Optimizer:
     @classmethod
     def _rule(cls) -> Rule:
         if cls.rule is None:
-            raise NotImplementedError(f"{cls.__name__} must set `rule` or override step()")
+            raise NotImplementedError(
+                f"{cls.__name__} has no `rule`: it must set one or override step(); only a rule has a functional form"
+            )
         return cls.rule
+
+    def _name(self, box: Parameter) -> str:
+        """For messages: its name, or its place."""
+        places = (
+            (i, j) for i, group in enumerate(self.param_groups) for j, b in enumerate(group["params"]) if b is box
+        )
+        return box.name or next((f"params[{j}] of param_groups[{i}]" for i, j in places), str(box))
 
     def _parameters(self) -> list[Parameter]:
         return [box for group in self.param_groups for box in group["params"]]
@@ -499,7 +529,7 @@ class Optimizer:
         """The state and the groups in PyTorch's layout: arrays and plain Python values only.
 
         ``{'state': {0: {'step': 1, 'exp_avg': ...}}, 'param_groups': [{'lr': ..., 'params': [0]}]}``. A snapshot:
-        later steps do not change it.
+        neither later steps nor edits change it. What ``state`` has under other keys than parameters is in it, too.
         """
         self._hooks.notify("state_dict_pre", self)
         return self._hooks.replace("state_dict_post", self, _state_dict.pack(self))
@@ -507,7 +537,8 @@ class Optimizer:
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
         """Load what :meth:`state_dict` returned, of this library or of PyTorch (NumPy, JAX or PyTorch arrays).
 
-        Parameters are matched by name where both sides have names, else by order. The saved dtype is kept.
+        Parameters are matched by name where both sides have names, else by order. The saved dtype is kept. At the end
+        it calls ``__setstate__`` with the optimizer's own ``state`` and ``param_groups``, as PyTorch does.
 
         Args:
           state_dict: the state and the groups.
@@ -519,8 +550,8 @@ class Optimizer:
           ``missing_keys`` and ``unexpected_keys``, the names of what was not loaded; both are empty if ``strict``.
 
         Raises:
-          ValueError: another number of groups or of parameters, other names or shapes, state that this optimizer does
-            not keep. Nothing has changed then.
+          ValueError: another number of groups or of parameters, other names or shapes, arrays of another kind, state
+            that this optimizer does not keep. Nothing has changed then.
 
         >>> import jax.numpy as jnp, optimjax as optim
         >>> old = optim.SGD({"body": jnp.ones(2), "head": jnp.ones(3)}, lr=0.1, momentum=0.9)
@@ -530,16 +561,17 @@ class Optimizer:
         IncompatibleKeys(missing_keys=['neck', 'head'], unexpected_keys=['head'])
         """
         self._check_trace()
-        if not isinstance(state_dict, Mapping):
-            raise ValueError(f"a state dict is a dict, got {type(state_dict).__name__}: {state_dict!r}")
-        state_dict = self._hooks.replace("load_state_dict_pre", self, dict(state_dict))
+        state_dict = self._hooks.replace("load_state_dict_pre", self, _state_dict.as_dict(state_dict))
         keys = _state_dict.load(self, state_dict, strict)
         self._loaded, self._built = True, []
         self._hooks.notify("load_state_dict_post", self)
         return keys
 
     def _slot_shapes(self, group: Mapping[str, Any], where: str) -> Callable[[Parameter], dict[str, Any]] | None:
-        """For a parameter the shape of each slot that it has in this loaded group, ``None`` for one it has not."""
+        """For a parameter shape and dtype of each slot that it has in this loaded group, ``None`` for one it has not.
+
+        Where there is no rule, nothing is known of the state.
+        """
         rule = self.rule
         self.hyperparameters.check_structural(group)
         if rule is None:
@@ -549,12 +581,15 @@ class Optimizer:
         def shapes(box: Parameter) -> dict[str, Any]:
             check_param(rule, box.value, flags, box.__str__)
             slots = jax.eval_shape(lambda value: rule.init(value, hyper, flags), box.value)
-            return {name: getattr(slot, "shape", None) for name, slot in slots._asdict().items()}
+            return slots._asdict()
 
         return shapes
 
     def _checked(self, box: Parameter, entries: dict[str, Any]) -> dict[str, Any]:
-        """The loaded state of a parameter, where there is no rule that says what it must be; or ``ValueError``."""
+        """The loaded state of a parameter, where there is no rule that says what it must be; or ``ValueError``.
+
+        ``entries`` is as it was saved, but for arrays, which are JAX's where these can have the saved dtype.
+        """
         return entries
 
     # --- the functional form ---
@@ -571,8 +606,9 @@ class Optimizer:
     def functional_state(self) -> tuple[Any, Any]:
         """Parameters and state for :attr:`algorithm`: to leave the facade, for a loop inside ``jit``.
 
-        The parameters have the structure of ``params``, with ``None`` in place of leaves that are not optimized; those
-        of a module are an ``nnx.State`` of its ``nnx.Param`` variables, like the gradients of ``nnx.grad``.
+        The parameters have the structure of ``params``, with ``None`` in place of leaves that are not optimized, or
+        frozen; those of a module are an ``nnx.State`` of its ``nnx.Param`` variables, like the gradients of
+        ``nnx.grad``.
 
         Raises:
           ValueError: parameters have done different numbers of updates, for the functional state has one count.
@@ -630,12 +666,13 @@ class Optimizer:
         return self._hooks.add("load_state_dict_post", hook, prepend)
 
     def __repr__(self) -> str:
+        # Names that the user has given are shown, as in PyTorch; those of the leaves of a tree or a module are not.
+        given = {box for source in self._sources if isinstance(source, BoxSource) for box in source.parameters}
         text = f"{type(self).__name__} ("
         for index, group in enumerate(self.param_groups):
+            hidden = ["params"] if given.issuperset(group["params"]) else ["params", "param_names"]
             text += f"\nParameter Group {index}\n"
-            text += "".join(
-                f"    {key}: {group[key]}\n" for key in sorted(group) if key not in ("params", "param_names")
-            )
+            text += "".join(f"    {key}: {group[key]}\n" for key in sorted(group) if key not in hidden)
         return text + ")"
 
     def _repr_html_(self) -> str:
@@ -644,10 +681,11 @@ class Optimizer:
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no hooks, as in PyTorch, and is in no step. What was remembered of steps names devices, which do
         # not pickle.
-        return vars(self) | {"_hooks": Hooks(), "_in_step": False, "_plan": None, "_patterns": [], "_trace": None}
+        left = ("_hooks", "_in_step", "_plan", "_patterns", "_trace")
+        return {name: value for name, value in vars(self).items() if name not in left}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _trace=get_opaque_trace_state())
+        vars(self).update(state)
 
 
 Optimizer.hyperparameters = Hyperparameters(Optimizer, Optimizer)

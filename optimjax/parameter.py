@@ -1,6 +1,7 @@
 """The box that the facade works on: a mutable parameter with its gradient."""
 
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -36,7 +37,7 @@ class Parameter:
     5.6 (2,)
     """
 
-    __slots__ = ("__weakref__", "_grad", "_value", "name", "requires_grad")
+    __slots__ = ("__weakref__", "_grad", "_requires_grad", "_value", "name")
 
     def __init__(self, value: Any, *, name: str | None = None, requires_grad: bool = True):
         self._value = _floating(value, name)
@@ -68,6 +69,17 @@ class Parameter:
             check_gradient(self.__str__, self, grad)
             grad = grad if is_sparse(grad) else jnp.asarray(grad)
         self._grad = grad
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether it is trained; ``TypeError`` for what is neither ``True`` nor ``False``."""
+        return self._requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, wanted: bool) -> None:
+        if not isinstance(wanted, (bool, np.bool_)):
+            raise TypeError(f"requires_grad must be True or False, got {wanted!r}")
+        self._requires_grad = bool(wanted)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -107,6 +119,12 @@ class Parameter:
 
     def __getitem__(self, index: Any) -> Array:
         return self.value[index]
+
+    def __iter__(self) -> Iterator[Array]:
+        return iter(self.value)
+
+    def __bool__(self) -> bool:
+        return bool(self.value)
 
     def __len__(self) -> int:
         return len(self.value)
@@ -164,7 +182,6 @@ def _add_operators() -> None:
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"):
         setattr(Parameter, f"__{name}__", forward(getattr(operator, name)))
         setattr(Parameter, f"__r{name}__", reflected(getattr(operator, name)))
-    for name in ("add", "sub", "mul", "truediv"):
         setattr(Parameter, f"__i{name}__", in_place(getattr(operator, name)))
     for name in ("lt", "le", "gt", "ge"):
         setattr(Parameter, f"__{name}__", forward(getattr(operator, name)))

@@ -163,7 +163,10 @@ class Numeric:
     def over_numbers(self, function: Callable[[Any], Any], value: Any) -> Any:
         """``function`` of the number, or of each number of the tuple; ``None`` stays where it is optional."""
         if self.items:
-            return tuple(kind.over_numbers(function, item) for kind, item in zip(self.items, value, strict=True))
+            values = tuple(value) if np.iterable(value) else ()
+            if len(values) != len(self.items):
+                raise ValueError(f"it must be a tuple of {len(self.items)} numbers")
+            return tuple(kind.over_numbers(function, item) for kind, item in zip(self.items, values, strict=True))
         return None if self.optional and value is None else function(value)
 
     def resolve(self, value: Any, count: Any) -> Any:
@@ -257,13 +260,21 @@ def _is_on(value: Any) -> bool:
 
 
 class Hyperparameters:
-    """The hyperparameters of an optimizer class, read from the signatures of ``__init__`` below the class ``root``."""
+    """The hyperparameters of an optimizer class, read from the signatures of ``__init__`` below the class ``root``.
+
+    A subclass of the class that has the rule may take arguments of its own, which the rule does not know; where there
+    is no rule, only what is annotated as a hyperparameter is one.
+    """
 
     def __init__(self, cls: type, root: type):
         self.kinds: dict[str, Kind] = {}
-        for base in reversed(cls.__mro__):
-            if issubclass(base, root) and base is not root and "__init__" in vars(base):
-                self._read(vars(base)["__init__"])
+        bases = [base for base in reversed(cls.__mro__) if issubclass(base, root) and base is not root]
+        with_rule = [index for index, base in enumerate(bases) if vars(base).get("rule") is not None]
+        for index, base in enumerate(bases):
+            if "__init__" in vars(base):
+                found = self._read(vars(base)["__init__"], annotated=not with_rule)
+                above = bool(with_rule) and index > with_rule[-1]
+                self.kinds.update({name: kind for name, kind in found.items() if not above or name in self.kinds})
         self._switches = tuple(n for n, k in self.kinds.items() if isinstance(k, Numeric) and (k.switch or k.skip))
         self._skips = frozenset(n for n, k in self.kinds.items() if isinstance(k, Numeric) and k.skip)
         self._structural = tuple(n for n, kind in self.kinds.items() if isinstance(kind, Structural))
@@ -272,14 +283,18 @@ class Hyperparameters:
         self._flags = namedtuple("Flags", (*self._structural, *self._switches, "param_dtype"), defaults=[None])
         self._hyper = namedtuple("Hyper", self.numeric + self._structural)
 
-    def _read(self, init: Callable[..., Any]) -> None:
+    @staticmethod
+    def _read(init: Callable[..., Any], annotated: bool) -> dict[str, Kind]:
+        kinds: dict[str, Kind] = {}
         hints = typing.get_type_hints(init, include_extras=True)
         for name, parameter in list(inspect.signature(init).parameters.items())[2:]:  # after self, params
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 continue
             # Of a kind within a kind, `Annotated[LearningRate, Numeric(...)]`, the outer one counts.
             declared = [m for m in getattr(hints.get(name), "__metadata__", ()) if isinstance(m, Kind)]
-            self.kinds[name] = declared[-1] if declared else _kind_of(parameter.default)
+            if declared or not annotated:
+                kinds[name] = declared[-1] if declared else _kind_of(parameter.default)
+        return kinds
 
     def check(self, values: Mapping[str, Any], rule: Rule | None) -> None:
         """Raise PyTorch's error for the first illegal value; keys that are no hyperparameters pass."""

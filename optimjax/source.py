@@ -6,7 +6,7 @@ Three kinds of things can be handed in, each a *source*: a pytree (:class:`TreeS
 """
 
 import copy
-from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, Set, ValuesView
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import jax
 from optimjax.parameter import Parameter, value_of
 from optimjax.sparse import is_sparse
 from optimjax.tree import distinct_names, dotted, is_inexact_array, match, names, structure_error
-from optimjax.variable import VariableParameter, box_of, holds_nnx, is_nnx, is_variable, module_parameters, nnx
+from optimjax.variable import OPAQUE, VariableParameter, box_of, holds_nnx, is_nnx, is_variable, module_parameters, nnx
 
 __all__ = [
     "BoxSource",
@@ -34,6 +34,10 @@ def named_parameters(module: Any) -> Iterator[tuple[str, Parameter]]:
     Boxes of a module are bound to it, and are the *same* objects each time. Boxes of a pytree are those in it, or new
     ones with its arrays; leaves that are not floating arrays are left out.
 
+    Raises:
+      TypeError: a leaf that would be passed over although it is meant to be trained: an array beside modules, a PyTorch
+        tensor, a generator; an ``nnx.Param`` that holds a tree of arrays.
+
     >>> from flax import nnx
     >>> import optimjax as optim
     >>> layer = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
@@ -41,6 +45,13 @@ def named_parameters(module: Any) -> Iterator[tuple[str, Parameter]]:
     [('bias', (3,)), ('kernel', (2, 3))]
     """
     if holds_nnx(module):
+        for path, leaf in _checked_leaves(module, lambda x: isinstance(x, Parameter) or is_nnx(x))[0]:
+            if is_inexact_array(leaf) or isinstance(leaf, Parameter):
+                kind = "an optim.Parameter" if isinstance(leaf, Parameter) else "an array"
+                raise TypeError(
+                    f"parameter {dotted(path)!r} is {kind} beside flax.nnx modules, which are updated in place: make "
+                    "it an nnx.Param"
+                )
         yield from module_parameters(module)
     else:
         source = TreeSource(module)
@@ -93,7 +104,7 @@ class TreeSource(Source):
     """A pytree: the optimizer has its own boxes; leaves that are no floating arrays pass through untouched."""
 
     def __init__(self, tree: Any):
-        paths, self._treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, Parameter))
+        paths, self._treedef = _checked_leaves(tree, lambda x: isinstance(x, Parameter))
         names = distinct_names([path for path, _ in paths])
         self._leaves = [
             Parameter(leaf, name=name) if is_inexact_array(leaf) else leaf
@@ -129,13 +140,6 @@ class ModuleSource(Source):
     """A ``flax.nnx`` module, or a tree of modules: updates go into their ``nnx.Param`` variables."""
 
     def __init__(self, module: Any):
-        leaves, _ = jax.tree_util.tree_flatten_with_path(module, is_leaf=is_nnx)
-        arrays = [dotted(path) for path, leaf in leaves if is_inexact_array(leaf)]
-        if arrays:
-            raise TypeError(
-                f"parameter {arrays[0]!r} is an array beside flax.nnx modules, which are updated in place: make it an "
-                "nnx.Param"
-            )
         self.module = module
         named = list(named_parameters(module))
         self.names = [name for name, _ in named]
@@ -188,6 +192,32 @@ class ModuleSource(Source):
         return [found[name] for name in wanted]
 
 
+def _checked_leaves(tree: Any, is_leaf: Callable[[Any], bool]) -> tuple[list[tuple[Any, Any]], Any]:
+    """The leaves with their paths, and the structure.
+
+    Raises:
+      TypeError: a leaf is or may hold what is meant to be trained, and would be passed over in silence.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, lambda x: is_leaf(x) or isinstance(x, OPAQUE))
+    for path, leaf in leaves:
+        name = dotted(path) or "params"
+        if hasattr(leaf, "is_floating_point") and (leaf.is_floating_point() or leaf.is_complex()):
+            raise TypeError(
+                f"parameter {name!r} is a PyTorch tensor, which would not be trained: convert it, for example with "
+                "jnp.asarray(tensor.detach().numpy())"
+            )
+        if isinstance(leaf, OPAQUE) or (isinstance(leaf, Set) and any(map(_is_parameter, leaf))):
+            raise TypeError(
+                f"{name!r} is a {type(leaf).__name__}, and what is in it would not be trained: give the modules or "
+                "arrays themselves, or nothing but parameters, as in [*optim.parameters(a), *optim.parameters(b)]"
+            )
+    return leaves, treedef
+
+
+def _is_parameter(x: Any) -> bool:
+    return isinstance(x, Parameter) or is_nnx(x) or (isinstance(x, tuple) and any(map(_is_parameter, x)))
+
+
 def _order(leaves: list[Any], wanted: list[Any]) -> list[int]:
     position = {id(leaf): index for index, leaf in enumerate(leaves)}
     return [position[id(leaf)] for leaf in wanted]
@@ -205,9 +235,14 @@ class BoxSource(Source):
         self.names = [item[0] for item in items] if named else None
         if len(set(self.names or ())) != len(self.names or ()):
             raise ValueError(f"parameter names must differ from each other, got {self.names}")
-        for box in self.parameters:
+        for index, box in enumerate(self.parameters):
             if not isinstance(box, Parameter):
-                raise TypeError(f"optimizer can only optimize Parameters, but one of the params is {box!r}")
+                what = type(box).__name__ if is_nnx(box) else repr(box)
+                raise TypeError(
+                    f"optimizer can only optimize Parameters, but one of the params is {what}, at place {index}"
+                )
+        for name, box in zip(self.names or (), self.parameters, strict=False):
+            box.name = box.name or name  # for messages
 
     @property
     def bound(self) -> bool:
@@ -241,7 +276,8 @@ def source_of(params: Any) -> Source:
     """The source of what a user handed in as ``params`` of an optimizer or of one group.
 
     Raises:
-      TypeError: an unordered set, boxes inside a tree, arrays beside ``flax.nnx`` modules.
+      TypeError: an unordered set, boxes inside a tree, arrays beside ``flax.nnx`` modules, PyTorch tensors, generators
+        in a list or dict; an ``nnx.Param`` that holds a tree.
     """
     if isinstance(params, (set, frozenset)):
         raise TypeError(
@@ -256,8 +292,8 @@ def source_of(params: Any) -> Source:
             return BoxSource(boxes)
     if holds_nnx(params):
         return ModuleSource(params)
-    boxes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Parameter))
-    if any(isinstance(leaf, Parameter) for leaf in boxes):
+    leaves, _ = _checked_leaves(params, lambda x: isinstance(x, Parameter))
+    if any(isinstance(leaf, Parameter) for _, leaf in leaves):
         raise TypeError(
             "Parameters must come as an iterable of Parameter or of (name, Parameter), "
             f"not inside a {type(params).__name__}; a dict of them can be given as its .items()"

@@ -1,9 +1,11 @@
 """State dicts in PyTorch's layout: out (:func:`pack`) and in (:func:`load`)."""
 
+import copy
 import functools
 import itertools
+import reprlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableSequence, Sequence, Set
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -11,28 +13,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from optimjax.parameter import Parameter
+from optimjax.step import ParameterState
 from optimjax.tree import from_tensor
 
 if TYPE_CHECKING:
     from optimjax.optimizer import Optimizer
 
-__all__ = ["IncompatibleKeys", "load", "pack", "plain"]
+__all__ = ["IncompatibleKeys", "as_count", "as_dict", "load", "pack", "plain", "slot_array"]
 
 
 def pack(optimizer: "Optimizer") -> dict[str, Any]:
     """``{'state': {0: {...}}, 'param_groups': [{..., 'params': [0, 1]}]}``; parameters are numbered in group order.
 
-    A snapshot: arrays are immutable, and handing them out keeps the next step from updating them in place.
+    What an optimizer keeps under other keys than parameters comes after their state, under its own keys. A snapshot:
+    whatever can be edited in place is copied; arrays of JAX are immutable, and handing them out keeps the next step
+    from updating them in place.
     """
     number: dict[Parameter, int] = {}
     groups = []
     for group in optimizer.param_groups:
         for box in group["params"]:
             number.setdefault(box, len(number))
-        packed = {key: list(value) if isinstance(value, list) else value for key, value in group.items()}
-        groups.append(packed | {"params": [number[box] for box in group["params"]]})
+        groups.append(_copied({**group, "params": [number[box] for box in group["params"]]}, _own))
     state = {number[box]: dict(entries) for box, entries in optimizer.state.items() if box in number and entries}
-    return {"state": dict(sorted(state.items())), "param_groups": groups}
+    return {"state": _copied(dict(sorted(state.items())) | _beside(optimizer.state), _own), "param_groups": groups}
 
 
 class IncompatibleKeys(NamedTuple):
@@ -62,11 +66,12 @@ def load(optimizer: "Optimizer", state_dict: Mapping[str, Any], strict: bool = T
     Parameters are matched by name where both sides have names, else by order. Unless ``strict``, what has no match is
     left as it is.
     """
-    saved_groups = _groups(state_dict, optimizer.defaults)
+    saved_groups = _groups(as_dict(state_dict), optimizer.defaults)
     ids, keys = (_matched if strict else _found)(optimizer.param_groups, saved_groups)
-    saved_state = _state(state_dict, saved_groups)
+    saved_state, saved_beside = _state(state_dict, saved_groups)
     groups: list[dict[str, Any]] = []
-    state: dict[Parameter, Mapping[str, Any]] = {}
+    kept = lambda box: optimizer.state.get(box, ParameterState())  # noqa: E731
+    state: dict[Any, Any] = {}
     for index, (group, ids_of_group) in enumerate(zip(optimizer.param_groups, ids, strict=True)):
         where = f" of param_groups[{index}]"
         saved = saved_groups[index] if index < len(saved_groups) else group
@@ -82,30 +87,53 @@ def load(optimizer: "Optimizer", state_dict: Mapping[str, Any], strict: bool = T
             )
         for position, (box, saved_id) in enumerate(zip(group["params"], ids_of_group, strict=True)):
             if saved_id is None:
-                state[box] = optimizer.state.get(box, {})
+                state[box] = kept(box)
                 continue
-            entries = saved_state.get(str(saved_id))
+            entries = saved_state.get(str(saved_id)) or {}
             try:
-                state[box] = _entries(optimizer, box, entries, shapes) if entries else {}
+                state[box] = ParameterState(entries and _entries(optimizer, box, entries, shapes))
             except _ShapeError as error:
                 if strict or "param_names" not in group:
                     hint = (
                         "" if strict else "; strict=False needs names: make the optimizer from optim.named_parameters"
                     )
                     raise ValueError(f"{error}{hint}") from None
-                state[box] = optimizer.state.get(box, {})
+                state[box] = kept(box)
                 for names in keys:
                     names.append(group["param_names"][position])
 
-    # Nothing can fail from here on.
-    for group, merged in zip(optimizer.param_groups, groups, strict=True):
-        group.clear()
-        group.update(merged)
-    state = {box: dict(entries) for box, entries in state.items() if entries}
-    optimizer.state.clear()
-    for box, entries in state.items():
-        optimizer.state[box].update(entries)
+    state = {box: entries for box, entries in state.items() if entries}
+    beside = ({} if strict else _beside(optimizer.state)) | _copied(saved_beside, _array)
+    before = [dict(group) for group in optimizer.param_groups], dict(optimizer.state)
+    try:
+        _set(optimizer, groups, state | beside)
+        # As in PyTorch: a subclass may complete here what an older version of it has saved.
+        optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
+    except BaseException:
+        _set(optimizer, *before)
+        raise
     return keys
+
+
+def _set(optimizer: "Optimizer", groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> None:
+    """Give the groups, which stay the same objects, and the state these contents."""
+    for group, values in zip(optimizer.param_groups, groups, strict=True):
+        group.clear()
+        group.update(values)
+    optimizer.state.clear()
+    optimizer.state.update(state)
+
+
+def _beside(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What is kept under other keys than parameters."""
+    return {key: value for key, value in state.items() if not isinstance(key, Parameter)}
+
+
+def as_dict(state_dict: Any) -> dict[str, Any]:
+    """A shallow copy of a state dict, or ``ValueError`` where it is no dict."""
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"a state dict is a dict, got {type(state_dict).__name__}: {state_dict!r}")
+    return dict(state_dict)
 
 
 def _groups(state_dict: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -133,19 +161,30 @@ def _groups(state_dict: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[
     return groups
 
 
-def _state(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The saved state by parameter. Of JSON, and some checkpointers, the numbers of parameters come back as text."""
+def _state(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[Any, Any]]:
+    """The saved state by parameter, and what was saved under other keys.
+
+    Of JSON, and some checkpointers, the numbers of parameters come back as text.
+    """
     state = state_dict["state"]
     if not isinstance(state, Mapping):
         raise ValueError(f"'state' of a state dict is a dict, got {state!r}")
-    known = {str(saved_id) for group in groups for saved_id in group["params"]}
-    unknown = [key for key in state if str(key) not in known]
-    if unknown:
+    known = Counter(str(saved_id) for group in groups for saved_id in group["params"])
+    if twice := [saved_id for saved_id, times in known.items() if times > 1]:
+        raise ValueError(f"loaded state dict has parameters more than once in its groups: {', '.join(twice)}")
+    beside = {key: value for key, value in state.items() if str(key) not in known}
+    if unknown := [key for key in beside if isinstance(key, (int, np.integer)) or str(key).isdecimal()]:
         raise ValueError(f"loaded state dict has state for parameters that are in none of its groups: {unknown}")
+    entries_of: dict[str, Any] = {}
     for key, entries in state.items():
+        if key in beside:
+            continue
+        if str(key) in entries_of:
+            raise ValueError(f"loaded state dict has the state of parameter {key} twice, under a number and as text")
         if entries is not None and not isinstance(entries, Mapping):
             raise ValueError(f"loaded state of parameter {key} is no dict, but {entries!r}")
-    return {str(key): entries for key, entries in state.items()}
+        entries_of[str(key)] = entries
+    return entries_of, beside
 
 
 def _matched(groups: Sequence[Any], saved_groups: Sequence[Any]) -> tuple[list[Sequence[Any]], IncompatibleKeys]:
@@ -206,57 +245,125 @@ def _found(groups: Sequence[Any], saved_groups: Sequence[Any]) -> tuple[list[Seq
 
 def _entries(optimizer: "Optimizer", box: Parameter, saved: Mapping[str, Any], shapes: Any) -> dict[str, Any]:
     """The state of one parameter, as arrays of the saved dtype."""
-    entries = {}
-    convert = functools.partial(_array, box=box)
-    if shapes is None:  # an optimizer with a step of its own may keep lists, or any trees
-        convert = functools.partial(jax.tree.map, convert)
+    if shapes is None:  # an optimizer with a step of its own may keep anything
+        return optimizer._checked(box, _copied(dict(saved), functools.partial(_array, box=box)))
+    of_parameter = f"loaded state of parameter {str(box)!r}"
+    counts, expected = optimizer._rule().counts_steps, shapes(box)
+    entries: dict[str, Any] = {}
     for name, value in saved.items():
-        if value is not None:
-            try:
-                entries[name] = int(np.asarray(value)) if name == "step" else convert(value)
-            except (TypeError, ValueError) as error:
-                what = "a number" if name == "step" else "an array"
-                message = f"loaded state of parameter {str(box)!r}: {name!r} is {value!r}, which is not {what}: {error}"
-                raise ValueError(message) from None
-    if shapes is None:
-        return optimizer._checked(box, entries)
-    expected = shapes(box)
-    for name, value in entries.items():
-        if name == "step" and optimizer._rule().counts_steps:
+        where = f"{of_parameter}: {name!r}"
+        if value is None:
+            continue
+        if counts and name == "step":
+            entries[name] = as_count(value, where)
             continue
         if name not in expected:
-            raise ValueError(
-                f"loaded state of parameter {str(box)!r} has {name!r}, which {type(optimizer).__name__} does not keep"
-            )
-        if expected[name] is not None and isinstance(value, (bool, int, float)):
-            entries[name] = value = jnp.asarray(value, jnp.float32)  # as JSON and older PyTorch have scalars
-        if expected[name] is not None and value.shape != expected[name]:
-            raise _ShapeError(
-                f"loaded state of parameter {str(box)!r}: {name!r} has shape {value.shape}, expected {expected[name]}"
-            )
-    wanted = [name for name, shape in expected.items() if shape is not None]
-    absent = [name for name in ["step"] * optimizer._rule().counts_steps + wanted if name not in entries]
+            raise ValueError(f"{of_parameter} has {name!r}, which {type(optimizer).__name__} does not keep")
+        slot = expected[name]
+        array = slot_array(value, (box if slot is None else slot).dtype, where)
+        if slot is not None and array.shape != slot.shape:
+            raise _ShapeError(f"{where} has shape {array.shape}, expected {slot.shape}")
+        entries[name] = _placed(array, box)
+    wanted = [name for name, slot in expected.items() if slot is not None]
+    absent = [name for name in ["step"] * counts + wanted if name not in entries]
     if entries and absent:
-        raise ValueError(f"loaded state of parameter {str(box)!r} lacks {absent}")
+        raise ValueError(f"{of_parameter} lacks {absent}")
     return entries
 
 
-def _array(value: Any, box: Parameter) -> Any:
-    """A JAX array of the saved dtype, placed like the parameter; plain numbers stay as they are."""
-    if isinstance(value, (bool, int, float)):
-        return value
-    array = jnp.array(from_tensor(value))
+def as_count(value: Any, where: str) -> int:
+    """A number of updates, or ``ValueError`` that begins with ``where``."""
+    try:
+        number = np.asarray(from_tensor(value)).item()
+        if number >= 0 and number % 1 == 0:  # of infinity there is no remainder
+            return int(number)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"{where} is {value!r}, which is no whole number from 0 on")
+
+
+def slot_array(value: Any, dtype: Any, where: str) -> jax.Array:
+    """What is loaded into a slot of this dtype: an array of the same kind, which keeps its own dtype.
+
+    Plain numbers, and lists of them, get the slot's dtype; real numbers will do for complex ones.
+
+    Raises:
+      ValueError: it is of another kind; the message begins with ``where``.
+    """
+    try:
+        return _of_kind(from_tensor(value), dtype)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} is {reprlib.repr(value)}, which cannot be loaded: {error}") from None
+
+
+def _of_kind(value: Any, dtype: Any) -> jax.Array:
+    is_plain = isinstance(value, (int, float, complex, list, tuple))
+    array = value if isinstance(value, jax.Array) else np.asarray(value)
+    kind, most = _kind(array.dtype), _kind(dtype)
+    least = min(most, _kind(jnp.int32 if is_plain else jnp.float32))
+    if kind is None or not least <= kind <= most:
+        raise TypeError(f"its dtype {array.dtype} is of another kind than {dtype}")
+    if is_plain:
+        array = array.astype(dtype)
+    array = array if isinstance(array, jax.Array) else jnp.array(array)
+    return array.astype(jnp.promote_types(array.dtype, dtype)) if kind < most else array
+
+
+_KINDS = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)  # each can hold those before it
+
+
+def _kind(dtype: Any) -> Any:
+    return next((index for index, kind in enumerate(_KINDS) if jnp.issubdtype(dtype, kind)), None)
+
+
+def _array(value: Any, box: Parameter | None = None) -> Any:
+    """A JAX array in place of one of PyTorch or NumPy, whose own dtype JAX keeps; anything else as it is."""
+    value = _own(from_tensor(value))
+    if isinstance(value, np.ndarray):
+        try:
+            array = jnp.array(value)
+        except TypeError:  # of strings, objects, ...
+            return value
+        value = array if array.dtype == value.dtype else value
+    return _placed(value, box) if isinstance(value, jax.Array) and box is not None else value
+
+
+def _placed(array: jax.Array, box: Parameter) -> jax.Array:
+    """An array of the shape of its parameter that is distributed like it."""
     sharding = getattr(box.value, "sharding", None)
     if array.shape == box.shape and not isinstance(sharding, (jax.sharding.SingleDeviceSharding, type(None))):
         array = jax.device_put(array, sharding)
     return array
 
 
+def _copied(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    """A copy of nested containers, with ``leaf`` of what they hold."""
+    if isinstance(value, Mapping):
+        twin = copy.copy(value) if isinstance(value, dict) else dict(value)
+        for key in twin:
+            twin[key] = _copied(twin[key], leaf)
+        return twin
+    if isinstance(value, tuple):
+        items = [_copied(item, leaf) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, MutableSequence):
+        twin = copy.copy(value)
+        for index, item in enumerate(value):
+            twin[index] = _copied(item, leaf)
+        return twin
+    return copy.copy(value) if isinstance(value, Set) else leaf(value)
+
+
+def _own(value: Any) -> Any:
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
 def plain(value: Any, default: Any = None) -> Any:
-    """Undo what checkpointers and other frameworks do to plain Python values in groups."""
-    if isinstance(value, (list, tuple)):
-        return (tuple if isinstance(default, tuple) else type(value))(map(plain, value))
-    value = from_tensor(value)
-    if isinstance(value, (np.generic, np.ndarray)) and np.ndim(value) == 0:
-        return value.item()
-    return value
+    """Undo what checkpointers and other frameworks do to plain Python values in groups; shares nothing that changes."""
+    value = _copied(value, _plain_leaf)
+    return tuple(value) if isinstance(default, tuple) and isinstance(value, list) else value
+
+
+def _plain_leaf(value: Any) -> Any:
+    value = _own(from_tensor(value))
+    return value.item() if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0 else value

@@ -47,6 +47,11 @@ class ParameterState(MutableMapping[str, Any]):
         # Of what is newer than the values, and seen by nobody: a Place, or for LBFGS, which has no buckets, its like.
         self.place: Any = None
 
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "ParameterState":
+        """The values themselves if they are such a state; or one with them, where somebody has set a dict."""
+        return values if isinstance(values, cls) else cls(values)
+
     def peek(self) -> dict[str, Any]:
         """The entries; from now on they count as seen."""
         if self.place is not None:

@@ -3,7 +3,7 @@
 import copy
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, ValuesView
 from typing import Any
 
 import jax
@@ -12,7 +12,10 @@ from jax import Array
 from optimjax.parameter import Parameter, flatten, unflatten
 from optimjax.tree import dotted, is_inexact_array
 
-__all__ = ["VariableParameter", "box_of", "holds_nnx", "is_nnx", "is_variable", "module_parameters", "nnx"]
+__all__ = ["OPAQUE", "VariableParameter", "box_of", "holds_nnx", "is_nnx", "is_variable", "module_parameters", "nnx"]
+
+
+OPAQUE = (Iterator, ValuesView)  # what JAX warns of where it takes it for a leaf
 
 
 class VariableParameter(Parameter):
@@ -90,14 +93,15 @@ def is_nnx(x: Any) -> bool:
 
 def holds_nnx(tree: Any) -> bool:
     """Whether there are such objects in a tree."""
-    return any(map(is_nnx, jax.tree.leaves(tree, is_leaf=is_nnx)))
+    return any(map(is_nnx, jax.tree.leaves(tree, is_leaf=lambda x: is_nnx(x) or isinstance(x, OPAQUE))))
 
 
 # The same variable always has the same box, so that `set(map(id, optim.parameters(module)))` selects as in PyTorch.
 # Variables take neither attributes nor weak references, so a box lives as long as a module that holds its variable:
-# the box keeps the variable (its id stays taken), the module's entry in `_keepers` keeps the box.
+# the box keeps the variable (its id stays taken), the module's entry in `_keepers` keeps the box. The entry goes by id,
+# for a module may have no hash, and goes with the module, before another can have that id.
 _boxes: "weakref.WeakValueDictionary[int, VariableParameter]" = weakref.WeakValueDictionary()
-_keepers: "weakref.WeakKeyDictionary[Any, dict[int, VariableParameter]]" = weakref.WeakKeyDictionary()
+_keepers: dict[int, dict[int, VariableParameter]] = {}
 
 
 def box_of(variable: Any, name: str | None = None, root: Any = None, owner: Any = None) -> VariableParameter:
@@ -111,19 +115,38 @@ def box_of(variable: Any, name: str | None = None, root: Any = None, owner: Any 
         elif box.root() is None:  # unpickled, or known by itself
             box.name, box.root = box.name or name, weakref.ref(root)
     if owner is not None:
-        _keepers.setdefault(owner, {})[id(variable)] = box
+        if id(owner) not in _keepers:
+            _keepers[id(owner)] = {}
+            weakref.finalize(owner, _keepers.pop, id(owner)).atexit = False
+        _keepers[id(owner)][id(variable)] = box
     return box
 
 
 def module_parameters(tree: Any) -> Iterator[tuple[str, VariableParameter]]:
-    """The floating parameters of a module, or of a tree of modules, by dotted path; one held twice appears once."""
+    """The floating parameters of a module, or of a tree of modules, by dotted path; one held twice appears once.
+
+    Raises:
+      TypeError: an ``nnx.Param`` holds a tree of arrays, or a Python number.
+    """
     seen = set()
     for place, module in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_nnx)[0]:
         for path, variable, owner in _variables(module):
-            if id(variable) not in seen and is_inexact_array(variable.get_value()):
+            value = variable.get_value()
+            name = ".".join([dotted(place)] * bool(place) + list(map(str, path)))
+            if not is_inexact_array(value):
+                _check_untrained(name, value)
+            elif id(variable) not in seen:
                 seen.add(id(variable))
-                name = ".".join([dotted(place)] * bool(place) + list(map(str, path)))
                 yield name, box_of(variable, name, None if owner is None else module, owner)
+
+
+def _check_untrained(name: str, value: Any) -> None:
+    """Integers, random keys or nothing at all may be in an ``nnx.Param``; what ``nnx.grad`` would differentiate not."""
+    if any(is_inexact_array(leaf) or isinstance(leaf, (float, complex)) for leaf in jax.tree.leaves(value)):
+        raise TypeError(
+            f"the nnx.Param {name!r} holds a {type(value).__name__}, which would not be trained: give each array "
+            "an nnx.Param of its own, a number as jnp.array(...); or make it an nnx.Variable"
+        )
 
 
 def _variables(module: Any) -> Iterator[tuple[Any, Any, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 __all__ = ["Layout", "dot", "largest"]
 
@@ -20,13 +21,26 @@ class Layout:
 
     Attributes:
       shapes, dtypes: of each parameter.
+      shardings: of each parameter, as its type has them: they differ where a mesh has explicit axes.
       moving: which of them are optimized, in the order in which their arrays are handed around. The elements of the
         others are in the vector, too, and zero.
     """
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[Any, ...]
+    shardings: tuple[Any, ...]
     moving: tuple[int, ...]
+
+    @classmethod
+    def of(cls, arrays: Sequence[Array], moving: Sequence[int] | None = None) -> "Layout":
+        """The layout of parameters; all of them move unless it is said which."""
+        types = [jax.typeof(array) for array in arrays]
+        return cls(
+            tuple(each.shape for each in types),
+            tuple(each.dtype for each in types),
+            tuple(each.sharding for each in types),
+            tuple(range(len(types)) if moving is None else moving),
+        )
 
     @functools.cached_property
     def dtype(self) -> Any:
@@ -53,7 +67,7 @@ class Layout:
         for index, array in zip(self.moving, arrays, strict=True):
             if jnp.iscomplexobj(array):
                 array = jnp.stack([array.real, array.imag], axis=-1)
-            parts[index] = jnp.ravel(array).astype(self.dtype)
+            parts[index] = jnp.ravel(_spread(array)).astype(self.dtype)
         return jnp.concatenate(parts)
 
     def unflatten(self, vector: Array) -> list[Array]:
@@ -63,7 +77,8 @@ class Layout:
             array = vector[self.offsets[index] : self.offsets[index + 1]]
             if jnp.issubdtype(self.dtypes[index], jnp.complexfloating):
                 array = jax.lax.complex(array[::2], array[1::2])
-            arrays.append(array.reshape(self.shapes[index]).astype(self.dtypes[index]))
+            array = array.reshape(self.shapes[index]).astype(self.dtypes[index])
+            arrays.append(_spread(array, self.shardings[index].spec))
         return arrays
 
     def rounded(self, vector: Array) -> Array:
@@ -81,6 +96,13 @@ def dot(a: Array, b: Array) -> Array:
 def largest(x: Array) -> Array:
     """Largest absolute element, 0 where there is none."""
     return jnp.max(jnp.abs(x), initial=0)
+
+
+def _spread(array: Array, spec: Any = None) -> Array:
+    """The same over a mesh with explicit axes, whole on each device unless given; other axes are the compiler's."""
+    spec = PartitionSpec(*[None] * array.ndim) if spec is None else spec
+    present = jax.typeof(array).sharding
+    return array if present.spec == spec else jax.sharding.reshard(array, NamedSharding(present.mesh, spec))
 
 
 def _real(dtype: Any) -> Any:

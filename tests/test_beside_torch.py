@@ -331,13 +331,13 @@ class Sequence(RuleBasedStateMachine):
         if self.case.sparse:  # the stand-in of the facade has no functional form
             return
         grads = [np.random.default_rng(seed + i).normal(size=tuple(t.shape)) for i, t in enumerate(self.tensors)]
-        whole = self.structured(grads)
+        grads = [grad if box.requires_grad else None for box, grad in zip(self.boxes, grads, strict=True)]
         try:
             params, state = self.ours.functional_state()
         except ValueError as error:
             assert re.match(NO_FUNCTIONAL_FORM, str(error))  # noqa: PT017
             return
-        params, state = self.ours.algorithm.update(params, whole, state)
+        params, state = self.ours.algorithm.update(params, self.structured(grads), state)
         self.ours.load_functional_state(params, state)
         self.step_theirs(grads)
 

@@ -273,6 +273,11 @@ USES = {
     "step(loss_fn)": lambda optimizer, x: optimizer.step(_loss, x),
     "step(grads)": lambda optimizer, x: optimizer.step(x * jnp.ones(3)),
     "backward": lambda optimizer, x: optimizer.backward(_loss, x),
+    "step()": lambda optimizer, x: optimizer.step(),
+    "zero_grad": lambda optimizer, x: optimizer.zero_grad(),
+    "clip": lambda optimizer, x: optim.clip_grad_norm_(optimizer, x),
+    "load_state_dict": lambda optimizer, x: optimizer.load_state_dict(jax.device_get(optimizer.state_dict())),
+    "add_param_group": lambda optimizer, x: optimizer.add_param_group({"params": [np.ones(2)]}),
 }
 
 
@@ -323,3 +328,58 @@ def test_a_copy_made_inside_is_at_home_there(transform: str, way: Any) -> None:
     assert results
     assert not isinstance(optimizer.params, jax.core.Tracer)
     optimizer.step(_loss, 1.0)
+
+
+def test_hooks_do_not_run_for_a_step_that_is_refused() -> None:
+    class Own(optim.Optimizer):
+        def step(self) -> None:
+            self.param_groups[0]["params"][0].value *= 2
+
+    for optimizer in (optim.SGD([jnp.ones(2)]), Own([jnp.ones(2)], {})):
+        optimizer.register_step_pre_hook(lambda *_: pytest.fail("it ran"))
+        with pytest.raises(RuntimeError, match="was made outside"):
+            jax.eval_shape(optimizer.step)
+        np.testing.assert_array_equal(optimizer.params[0], [1, 1])
+
+
+def test_groups_with_and_without_slots_leave_twice() -> None:
+    """What has no slots says nothing of how many updates there were."""
+    optimizer = optim.SGD(
+        [{"params": jnp.ones(2)}, {"params": jnp.ones(2), "momentum": 0.9}, {"params": jnp.ones(()), "lr": 0.2}], lr=0.1
+    )
+    stayed = copy.deepcopy(optimizer)
+    grads = [jnp.ones(2), jnp.ones(2), jnp.ones(())]
+    for _ in range(3):
+        stayed.step(grads)
+        params, state = optimizer.functional_state()
+        optimizer.load_functional_state(*optimizer.algorithm.update(params, grads, state))
+    jax.tree.map(np.testing.assert_allclose, optimizer.params, stayed.params)
+    assert optimizer.state_dict()["state"].keys() == stayed.state_dict()["state"].keys() == {1}
+
+
+@pytest.mark.parametrize("kind", ["tree", "module", "boxes"])
+def test_a_frozen_parameter_stays_behind(kind: str) -> None:
+    """Also one that was frozen for a while, so that it has done fewer updates."""
+    if kind == "module":
+        given: Any = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    else:
+        given = {"bias": jnp.ones(1), "kernel": jnp.ones((3, 1))}
+    given = optim.named_parameters(given) if kind == "boxes" else given
+    optimizer = optim.AdamW(given, lr=0.1)
+    frozen, trained = optimizer.param_groups[0]["params"]
+    frozen.requires_grad = False
+    before = np.array(frozen.value)
+
+    def ones(tree: Any) -> Any:
+        return jax.tree.map(jnp.ones_like, tree)
+
+    for _ in range(2):
+        params, state = optimizer.functional_state()
+        assert [leaf.shape for leaf in jax.tree.leaves(params)] == [(3, 1)]
+        optimizer.load_functional_state(*optimizer.algorithm.update(params, ones(params), state))
+    np.testing.assert_array_equal(frozen.value, before)
+    assert frozen not in optimizer.state
+    assert optimizer.state[trained]["step"] == 2
+    frozen.requires_grad = True
+    with pytest.raises(ValueError, match=r"different numbers of updates \(0, 2\)"):
+        optimizer.functional_state()

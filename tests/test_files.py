@@ -65,6 +65,51 @@ def test_what_is_saved_comes_back(tree: Any) -> None:
     assert os.listdir() == [path.name]
 
 
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        ({np.int64(0): 1, np.str_("a"): 2, np.float32(0.5): 3, np.bool_(True): 4}, {0: 1, "a": 2, 0.5: 3, True: 4}),
+        ({None: 1, ("a", (np.int8(1), None)): 2}, {None: 1, ("a", (1, None)): 2}),
+    ],
+)
+def test_keys_come_back_as_plain_ones(tree: Any, expected: Any) -> None:
+    save("keys.safetensors", tree)
+    loaded = load("keys.safetensors")
+    assert loaded == expected
+    assert list(map(type, loaded)) == list(map(type, expected))
+
+
+def test_arrays_whose_dotted_paths_coincide_are_all_saved() -> None:
+    tree = {
+        "a.b": np.ones(1),
+        "a": {"b": np.full(2, 2.0)},
+        "a.b_": np.full(3, 3.0),
+        0: np.zeros(1),
+        "0": np.ones(2),
+        "__metadata__": np.full(2, 4.0),
+    }
+    save("a.safetensors", tree)
+    assert same(load("a.safetensors"), tree)
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">i8", ">c16", ">c8", ">f2"])
+def test_big_endian_arrays_keep_their_values(dtype: str) -> None:
+    array = np.arange(6).reshape(2, 3).astype(dtype)
+    save("a.safetensors", array)
+    loaded = load("a.safetensors")
+    assert loaded.dtype == array.dtype.newbyteorder("=")
+    np.testing.assert_array_equal(loaded, array)
+
+
+@pytest.mark.parametrize("dtype", ["int4", "uint4", "int2", "float8_e4m3fn", "float8_e4m3b11fnuz", "float4_e2m1fn"])
+@pytest.mark.parametrize("shape", [(), (0, 3), (2, 3)])
+def test_dtypes_that_few_formats_have(dtype: str, shape: tuple[int, ...]) -> None:
+    array = jnp.ones(shape, dtype)
+    save("a.safetensors", {"x": array, "transposed": array.T})
+    loaded = load("a.safetensors")
+    assert same(loaded, {"x": np.asarray(array), "transposed": np.asarray(array.T)})
+
+
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -140,19 +185,59 @@ def test_arguments_in_the_order_of_torch_save_are_told_apart() -> None:
         optim.save({"n": 1}, "state.safetensors")  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, len, np.array(["a"]), np.array([None])])
+@pytest.mark.parametrize(
+    "value",
+    [
+        object(),
+        {1, 2},
+        len,
+        *(np.array([x]) for x in ("a", None, np.timedelta64(1, "s"), np.datetime64(1, "s"))),
+        np.timedelta64(1, "s"),
+        {frozenset(): 1},
+        {object: 1},
+        {("a", b"b"): 1},
+        {1j: 1},
+    ],
+)
 def test_what_cannot_be_saved_is_named_and_leaves_the_file(value: Any) -> None:
     save("a.safetensors", {"before": 1})
-    with pytest.raises(TypeError, match=r"cannot save 'state\.0\.x'"):
+    with pytest.raises(TypeError, match=r"""cannot save ['\"]state\.0\.x['\".]"""):
         save("a.safetensors", {"state": [{"x": value}]})
     assert load("a.safetensors") == {"before": 1}
     assert os.listdir() == ["a.safetensors"]
 
 
-def test_a_file_has_the_permissions_of_any_new_file() -> None:
+def test_what_jax_traces_cannot_be_saved() -> None:
+    @jax.jit
+    def traced(x: Any) -> None:
+        save("a.safetensors", {"n": 1, "x": [x]})
+
+    with pytest.raises(TypeError, match=r"cannot save 'x\.0' while JAX traces it"):
+        traced(1.0)
+    assert not os.listdir()
+
+
+def test_a_file_has_the_permissions_of_any_new_file_and_keeps_those_it_has() -> None:
     save("a.safetensors", {"x": np.ones(2)})
     Path("b").touch()
     assert os.stat("a.safetensors").st_mode == os.stat("b").st_mode
+    for mode in (0o600, 0o400, 0o664):
+        os.chmod("a.safetensors", mode)
+        save("a.safetensors", {"mode": mode})
+        assert os.stat("a.safetensors").st_mode & 0o777 == mode
+        assert load("a.safetensors") == {"mode": mode}
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_symbolic_link_stays_one(exists: bool) -> None:
+    os.mkdir("store")
+    if exists:
+        save("store/a.safetensors", {"n": 1})
+    os.symlink("store/a.safetensors", "latest.safetensors")
+    save("latest.safetensors", {"n": 2})
+    assert os.path.islink("latest.safetensors")
+    assert load("store/a.safetensors") == load("latest.safetensors") == {"n": 2}
+    assert os.listdir("store") == ["a.safetensors"]
 
 
 def test_a_truncated_or_foreign_file_is_a_clear_error() -> None:
@@ -166,13 +251,37 @@ def test_a_truncated_or_foreign_file_is_a_clear_error() -> None:
 
     Path("b.safetensors").write_bytes(safetensors.numpy.save({"x": np.ones(2)}))
     Path("c.safetensors").write_bytes(b"PK\x03\x04" + bytes(100))
-    for name in ("b.safetensors", "c.safetensors"):
-        with pytest.raises(ValueError, match="no file that"):
-            load(name)
+    for name, reason in (("b", r"has written: its header has no 'optimjax'$"), ("c", r"has written: \w+")):
+        with pytest.raises(ValueError, match=f"'{name}.safetensors' is truncated, or no file that optim.save {reason}"):
+            load(f"{name}.safetensors")
     with pytest.raises(FileNotFoundError):
         load("d.safetensors")
     with pytest.raises(FileNotFoundError):
         save("missing/folder.safetensors", {})
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "nope",
+        '{"dict": 5}',
+        '{"dict": [[[], 1]]}',
+        '{"dict": [], "tuple": []}',
+        '{"array": ["y", "float32", [2]]}',
+        '{"array": ["x", "float32", [3]]}',
+        '{"array": ["x", "float31", [2]]}',
+        '{"array": ["x", "object", [1]]}',
+        '{"array": [[], "float32", [2]]}',
+        '{"key": [5, {"array": ["x", "float32", [2]]}]}',
+        "[" * 100_000,
+    ],
+)
+def test_a_broken_header_is_a_clear_error(header: str) -> None:
+    import safetensors.numpy
+
+    safetensors.numpy.save_file({"x": np.ones(2, np.float32)}, "a.safetensors", {"optimjax": header})
+    with pytest.raises(ValueError, match=r"no file that optim.save has written: 'optimjax' in its header is broken: "):
+        load("a.safetensors")
 
 
 def test_killing_the_process_during_a_save_leaves_a_whole_file() -> None:

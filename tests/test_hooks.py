@@ -102,6 +102,24 @@ def test_prepend(theirs: Any) -> None:
     assert [label for _, label in same_in_both(script, theirs)] == list("dbac") * 4
 
 
+def test_a_handle_has_the_id_of_its_hook(theirs: Any) -> None:
+    def script(lib: Any) -> Any:
+        first, second = (register(lib.optimizer(), "step_pre", lambda *_: None) for _ in range(2))
+        return type(first.id), second.id - first.id
+
+    assert same_in_both(script, theirs) == (int, 1)
+
+
+def test_a_loading_hook_that_returns_no_dict() -> None:
+    optimizer = Ours.optimizer()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    optimizer.register_load_state_dict_pre_hook(lambda *_: [saved])
+    with pytest.raises(ValueError, match="a state dict is a dict, got list"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.state_dict() == saved
+
+
 def test_remove_and_context_manager(theirs: Any) -> None:
     def script(lib: Any) -> Any:
         log: list[Any] = []
@@ -216,6 +234,14 @@ def test_a_pre_hook_that_returns_something_else(result: Any, theirs: Any) -> Non
         return lib.value(optimizer)
 
     assert same_in_both(script, theirs) == 1.0
+
+
+def test_the_hook_is_named_in_one_line() -> None:
+    optimizer = Ours.optimizer()
+    optimizer.register_step_pre_hook(lambda optimizer, *_: optimizer)
+    with pytest.raises(RuntimeError, match=r"step pre-hook .*<lambda> of SGD must .* got SGD") as raised:
+        optimizer.step()
+    assert "\n" not in str(raised.value)
 
 
 def test_global_hooks_surround_those_of_the_optimizer(theirs: Any) -> None:

@@ -6,6 +6,9 @@ import functools
 import itertools
 import math
 import pickle
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -868,6 +871,42 @@ def test_parameters_can_be_donated() -> None:
     for _ in range(2):
         twin.step(problem("rosenbrock2").ours)
     np.testing.assert_array_equal(optimizer.params[0], twin.params[0])
+
+
+def test_parameters_stay_on_their_mesh() -> None:
+    """Each spread as it was, though all are one vector in between; another process, for it has more devices."""
+    program = """
+        import jax, jax.numpy as jnp, numpy as np
+        import optimjax as optim
+
+        jax.config.update("jax_num_cpu_devices", 4)
+
+        def loss_fn(params):
+            return jnp.sum(jnp.abs(jnp.ones((5, 8)) @ params["w"] + params["b"]) ** 2)
+
+        def by_class(params):
+            optimizer = optim.LBFGS(params, lr=0.1)
+            for _ in range(2):
+                optimizer.step(loss_fn)
+            return optimizer.params
+
+        def by_function(params):
+            algorithm = optim.functional.lbfgs(lr=0.1)
+            return algorithm.update(params, None, algorithm.init(params), loss_fn=loss_fn)[0]
+
+        whole = {"w": jnp.ones((8, 4)), "b": jnp.full(4, 1 + 1j)}
+        for kind in jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit:
+            mesh = jax.make_mesh((4,), ("i",), axis_types=(kind,))
+            specs = {"w": jax.P("i", None), "b": jax.P()}
+            spread = {k: jax.device_put(v, jax.NamedSharding(mesh, specs[k])) for k, v in whole.items()}
+            for face in by_class, by_function:
+                with jax.set_mesh(mesh):
+                    ours = face(spread)
+                for name, expected in face(whole).items():
+                    np.testing.assert_allclose(ours[name], expected, atol=1e-6)
+                    assert ours[name].sharding.is_equivalent_to(spread[name].sharding, expected.ndim), (kind, name)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=300)
 
 
 # --- As any optimizer -----------------------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """`backward` and `step(loss_fn)`: what is differentiated, what is compiled, what the loss changes in a module."""
 
+import dataclasses
+import inspect
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -336,6 +339,143 @@ def test_a_loss_that_adds_variables_is_refused_by_name() -> None:
         optim.SGD(model).backward(sows, X)
 
 
+# --- What a loss writes into parameters -----------------------------------------------------------------------------
+
+
+def normed(wrap: Any, param_dtype: Any = jnp.float32, **options: Any) -> Any:
+    rngs = nnx.Rngs(0)
+    wrapped = wrap(nnx.Linear(3, 4, rngs=rngs, param_dtype=param_dtype), rngs=rngs, **options)
+    return nnx.Sequential(wrapped, nnx.Linear(4, 2, rngs=rngs))
+
+
+class Clamped(nnx.Module):
+    """The loss leaves other weights, on which the update and its decay must start."""
+
+    def __init__(self) -> None:
+        self.weight = nnx.Param(jnp.array([[3.0, -3.0], [0.5, 2.0], [1.0, 1.0]]))
+        self.calls = nnx.Variable(jnp.zeros((), jnp.int32))
+
+    def __call__(self, x: Any) -> Any:
+        out = x @ self.weight[...] ** 2
+        self.weight.set_value(jnp.clip(self.weight[...], -1, 1))
+        self.calls[...] += 1
+        return out + x @ self.weight[...]
+
+
+WRITERS: dict[str, Any] = {
+    "SpectralNorm": lambda: normed(nnx.SpectralNorm),
+    "WeightNorm": lambda: normed(nnx.WeightNorm),
+    "own": Clamped,
+}
+
+
+@pytest.mark.parametrize("form", ["backward", "step", "boxes", "in place"])
+@pytest.mark.parametrize("make", WRITERS.values(), ids=WRITERS)
+def test_what_the_loss_writes_into_parameters_stays_as_under_nnx(make: Any, form: str) -> None:
+    ours, theirs = make(), make()
+    reference = nnx.Optimizer(theirs, optax.adamw(0.05, weight_decay=0.1), wrt=nnx.Param)
+    optimizer = optim.AdamW(optim.parameters(ours) if form == "boxes" else ours, lr=0.05, weight_decay=0.1)
+    optimizer.donate = form == "in place"
+
+    @nnx.jit
+    def expected(model: Any, reference: Any) -> Any:
+        loss, grads = nnx.value_and_grad(loss_fn)(model, X, Y)
+        reference.update(model, grads)
+        return loss
+
+    for _ in range(5):
+        if form in ("step", "in place"):
+            loss = optimizer.step(loss_fn, X, Y)
+        else:
+            optimizer.zero_grad()
+            loss = optimizer.backward(loss_fn, *([ours] if form == "boxes" else []), X, Y)
+            optimizer.step()
+        np.testing.assert_allclose(loss, expected(theirs, reference), rtol=1e-3)
+        for (path, a), (_, b) in zip(*(nnx.to_flat_state(nnx.state(m)) for m in (ours, theirs)), strict=True):
+            np.testing.assert_allclose(a[...], b[...], rtol=1e-3, atol=1e-4, err_msg=str(path))
+
+
+def test_backward_alone_keeps_what_the_loss_writes() -> None:
+    model = Clamped()
+    optimizer = optim.SGD(model, lr=0.1)
+    grads = [nnx.grad(loss_fn)(twin := Clamped(), X, Y), nnx.grad(loss_fn)(twin, X, Y)]
+    for _ in range(2):
+        optimizer.backward(loss_fn, X, Y)
+    np.testing.assert_array_equal(model.weight[...], jnp.clip(Clamped().weight[...], -1, 1))
+    (box,) = optim.parameters(model)
+    np.testing.assert_allclose(box.grad, grads[0]["weight"][...] + grads[1]["weight"][...], rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["backward", "step"])
+@pytest.mark.parametrize("make", WRITERS.values(), ids=WRITERS)
+def test_a_loss_that_writes_into_parameters_is_compiled_once(make: Any, form: str, compilations: Any) -> None:
+    optimizer = optim.Adam(make(), lr=0.1)
+
+    def run() -> None:
+        if form == "step":
+            optimizer.step(loss_fn, X, Y)
+        else:
+            optimizer.backward(loss_fn, X, Y)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for _ in range(2):
+        run()
+    before = compilations()
+    for _ in range(3):
+        run()
+    assert compilations() == before
+
+
+@pytest.mark.parametrize("inner", [lambda f: f, nnx.jit, nnx.remat], ids=["plain", "nnx.jit", "nnx.remat"])
+def test_parameters_that_the_loss_only_reads_are_not_written(inner: Any) -> None:
+    """They would be outputs of the program: a copy of the model, and a next step that has to look at it anew."""
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    optimizer = optim.SGD(model, lr=0.1)
+    apply = inner(lambda model, x: model(x))
+    before = [box.value for box in boxes_of(optimizer)]
+    optimizer.backward(lambda model, x, y: jnp.mean((apply(model, x) - y) ** 2), X, Y)
+    assert all(box.value is value for box, value in zip(boxes_of(optimizer), before, strict=True))
+
+
+@pytest.mark.parametrize("form", ["backward", "step"])
+def test_another_dtype_or_shape_written_into_a_parameter_is_refused_by_name(form: str) -> None:
+    model = normed(nnx.WeightNorm, jnp.bfloat16)
+    optimizer = optim.SGD(model, lr=0.1)
+    before = [box.value for box in boxes_of(optimizer)]
+    message = (
+        r"float32\[3, 4\] into the parameter 'layers\.0\.layer_instance\.kernel', which must keep bfloat16\[3, 4\]"
+    )
+    with pytest.raises(TypeError, match=message):
+        getattr(optimizer, form)(loss_fn, X, Y)
+    assert all(box.value is value for box, value in zip(boxes_of(optimizer), before, strict=True))
+    assert all(box.grad is None for box in boxes_of(optimizer))
+    getattr(optim.SGD(normed(nnx.WeightNorm, jnp.bfloat16, dtype=jnp.bfloat16), lr=0.1), form)(loss_fn, X, Y)
+
+    def reshapes(model: Any) -> Any:
+        loss = jnp.sum(model.kernel[...])
+        model.kernel.set_value(jnp.ones(2))
+        return loss
+
+    with pytest.raises(TypeError, match=r"float32\[2\] into the parameter 'kernel', which must keep float32\[3, 2\]"):
+        getattr(optim.SGD(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), lr=0.1), form)(reshapes)
+
+
+def test_lbfgs_searches_along_its_line_whatever_the_loss_writes() -> None:
+    def loss(model: Any, write: Any = False) -> Any:
+        loss = jnp.sum((model.weight[...] - 2) ** 2)
+        if write:
+            model.weight.set_value(jnp.zeros((3, 2)))
+        model.calls[...] += 1
+        return loss
+
+    models = Clamped(), Clamped()
+    for model, write in zip(models, (False, True), strict=True):
+        optim.LBFGS(model, line_search_fn="strong_wolfe").step(loss, write)
+        np.testing.assert_allclose(model.weight[...], np.full((3, 2), 2.0), atol=1e-4)
+    assert int(models[0].calls[...]) == int(models[1].calls[...]) > 1
+
+
 # --- Compilation ----------------------------------------------------------------------------------------------------
 
 
@@ -458,6 +598,24 @@ def test_a_module_that_changes_is_cut_again() -> None:
     assert optimizer.step(loss) == 9
 
 
+@pytest.mark.parametrize("form", ["backward", "step"])
+def test_the_signatures_of_losses_in_turn_are_looked_at_once(form: str, monkeypatch: Any) -> None:
+    """As of a GAN."""
+    optimizer, scale = optim.SGD({"w": jnp.ones(())}, lr=0.1), Scale()
+    losses = [lambda params: params["w"], lambda params: params["w"] ** 2, lambda params: -params["w"]]
+    for loss in (*losses, scale.loss):
+        getattr(optimizer, form)(loss)
+    looked_at = []
+    signature = inspect.signature
+    monkeypatch.setattr(inspect, "signature", lambda function: looked_at.append(function) or signature(function))
+    for loss in (*losses, scale.loss) * 2:
+        getattr(optimizer, form)(loss)
+    assert not {*losses, scale.loss} & set(looked_at)  # JAX looks at its own
+    with pytest.raises(TypeError, match=r"cannot be: too many .* leave it out"):
+        getattr(optimizer, form)(losses[0], 1.0)
+    assert losses[0] in looked_at
+
+
 def test_a_plain_flag_is_compiled_in() -> None:
     optimizer = optim.SGD({"w": jnp.array(2.0)}, lr=0.0)
     loss = lambda params, positive: params["w"] if positive else -params["w"]  # noqa: E731
@@ -524,6 +682,39 @@ def test_batches_may_be_tensors_of_pytorch(torch: Any) -> None:
         assert float(ours) == float(twin.step(loss, X * scale, index))
     half = optimizer.backward(loss, torch.from_numpy(X).bfloat16(), torch.from_numpy(index))
     np.testing.assert_allclose(half, twin.backward(loss, X, index), rtol=0.02)
+
+
+def test_has_aux_with_another_number_of_results_says_what_to_return() -> None:
+    optimizer = optim.SGD({"w": jnp.ones(3)}, lr=0.1)
+    losses = {1: sum_of_squares, 3: lambda params: (sum_of_squares(params), 1, 2)}
+    for count, loss in losses.items():
+        with pytest.raises(TypeError, match=rf"has_aux=True .* must return \(loss, aux\), two results, got {count}"):
+            optimizer.backward(loss, has_aux=True)
+    with pytest.raises(TypeError, match="got 1"):
+        optimizer.backward(lambda params: params["w"][:2], has_aux=True)  # which could be unpacked
+
+
+def test_where_all_parameters_are_frozen_the_error_says_so() -> None:
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    for params in (model, list(optim.parameters(model))):
+        for box in optim.parameters(model):
+            box.requires_grad = False
+        args = (model, X, Y) if isinstance(params, list) else (X, Y)
+        fails_alike(
+            optim.SGD(params, lr=0.1), ValueError, "all of .* parameters have requires_grad=False", loss_fn, *args
+        )
+
+
+def test_a_loss_function_without_a_hash_is_refused() -> None:
+    @dataclasses.dataclass
+    class Loss:
+        scale: float
+
+        def __call__(self, params: Any) -> Any:
+            return self.scale * sum_of_squares(params)
+
+    message = r"this Loss has none \(unhashable type: 'Loss'\): give a plain function"
+    fails_alike(optim.SGD({"w": jnp.ones(3)}, lr=0.1), TypeError, message, Loss(2.0))
 
 
 class Scale:

@@ -1086,6 +1086,44 @@ def test_the_rates_of_a_group_added_mid_run() -> None:
     assert run(sequence(["exponential", "plateau"], 11))[0][0] == 0.25
 
 
+COSINE = "CosineAnnealingLR", dict(T_max=5, eta_min=0.01)
+
+
+@pytest.mark.parametrize(
+    ("case", "begin"),
+    [(COSINE, 0), (chain([COSINE]), 0), (sequence([COSINE, "step"], 40), 0), (sequence(["step", COSINE], 3), 3)],
+    ids=["alone", "in a chain", "first of a sequence", "second of a sequence"],
+)
+@pytest.mark.parametrize("epoch", range(1, 12))
+def test_a_group_added_anywhere_to_a_cosine(case: Case, begin: int, epoch: int, torch: Any) -> None:
+    def run(module: Any, optimizer: Any, param: Any, **rates: float) -> list[Any]:
+        scheduler = make(module, case)(optimizer)
+        follow(optimizer, scheduler, begin + epoch)
+        optimizer.add_param_group({"params": [param], "lr": 0.25, **rates})
+        trace: list[Any] = []
+        with contextlib.suppress(ValueError):  # of PyTorch, at the bottom
+            for _ in range(24):
+                trace += follow(optimizer, scheduler, 1)
+        return trace
+
+    theirs = run(torch.optim.lr_scheduler, build_torch(torch), torch.nn.Parameter(torch.ones(())))
+    ours = run(optim.lr_scheduler, build(), jnp.ones(()))
+    assert ours[: len(theirs)] == theirs
+    assert len(theirs) < len(ours) == 24
+    added = np.array(ours)[:, 3]
+    if 5 < epoch < 10:  # on the way up, where PyTorch has values: far above, until the next bottom
+        assert np.max(added) > 0.25
+        added = added[16 - epoch :]
+    np.testing.assert_array_less(added, 0.25 + 1e-9)
+    np.testing.assert_array_less(0.01 - 1e-9, added)
+    if epoch == 5:
+        own = optim.schedules.cosine_annealing(0.25, 5, 0.01)
+        np.testing.assert_allclose(added[1:], [own(at) for at in range(6, 29)], rtol=1e-9)
+    like = {"lr": ours[0][0], "initial_lr": RATES[0]}
+    both = np.array(run(optim.lr_scheduler, build(), jnp.ones(()), **like))
+    np.testing.assert_allclose(both[:, 3], both[:, 0], rtol=1e-9)
+
+
 @pytest.mark.parametrize("case", ["cyclic", "one cycle", "lambda", "plateau", "sequence of cycles"])
 @pytest.mark.parametrize("through", THROUGH[1:], ids=["pickle", "JSON"])
 def test_a_group_added_after_resuming(case: str, through: Any) -> None:

@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import gc
 import itertools
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -191,7 +193,9 @@ def test_a_gradient_of_bfloat16_is_pytorchs(torch: Any) -> None:
     ids=["linen module", "class", "Python number", "number", "shape", "layers without parameters"],
 )
 def test_what_holds_no_arrays_is_named(params: Any, found: str) -> None:
-    with pytest.raises(ValueError, match=f"empty parameter list: no floating array in this {found}"):
+    tree = isinstance(params, (list, dict))
+    message = f"empty parameter list: no floating array in this {found}" if tree else f"parameters, got {found}"
+    with pytest.raises(ValueError if tree else TypeError, match=message):
         optim.SGD(params, lr=0.1)
 
 
@@ -418,13 +422,129 @@ def test_rules_choose_among_layers_in_a_list() -> None:
         np.testing.assert_array_equal(array, now)
 
 
-def test_arrays_beside_modules_are_refused() -> None:
-    """They would have to be updated in a copy, and the modules in place."""
-    for params in ([*layers(), jnp.ones(2)], {"net": layers()[0], "3": np.ones(2)}):
-        with pytest.raises(
-            TypeError, match=r"parameter '3' is an array beside flax\.nnx modules.* make it an nnx\.Param"
-        ):
-            optim.SGD(params, lr=0.1)
+BESIDE: dict[str, tuple[Any, str]] = {
+    "array": (lambda: jnp.ones(2), r"^parameter '3' is an array beside flax\.nnx modules.* make it an nnx\.Param"),
+    "NumPy array": (lambda: np.ones(2), "^parameter '3' is an array"),
+    "box": (lambda: {"w": optim.Parameter(1.0)}, r"^parameter '3\.w' is an optim\.Parameter beside flax\.nnx modules"),
+    "generator": (lambda: optim.parameters(layers()), r"^'3' is a generator.* \[\*optim\.parameters\(a\)"),
+    "iterator": (lambda: iter(layers()), "^'3' is a list_iterator"),
+    "values": (lambda: dict(a=layers()[0]).values(), "^'3' is a dict_values"),
+    "items": (lambda: dict(a=layers()[0]).items(), "^'3' is a dict_items"),
+    "set": (lambda: {layers()[0]}, "^'3' is a set"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), BESIDE.values(), ids=BESIDE)
+def test_what_would_be_passed_over_beside_modules_is_refused(make: Any, message: str) -> None:
+    """An array would have to be updated in a copy, and the modules in place."""
+    for take in (lambda params: optim.SGD(params, lr=0.1), lambda params: list(optim.parameters(params))):
+        for params in ([*layers(), make()], {"net": layers()[0], "3": make()}):
+            with pytest.raises(TypeError, match=message):
+                take(params)
+
+
+def test_what_is_static_beside_modules_is_let_through() -> None:
+    beside = ["relu", 2, 0.5, None, jnp.tanh, np.arange(3), {"names"}, range(2)]
+    assert names_of(optim.SGD([layers()[0], *beside], lr=0.1)) == ["0.bias", "0.kernel"]
+
+
+@pytest.mark.parametrize("beside", [lambda: layers()[0], lambda: jnp.ones(2)], ids=["module", "array"])
+def test_tensors_of_pytorch_among_parameters_are_refused(beside: Any, torch: Any) -> None:
+    for tensor in (torch.ones(2), torch.nn.Parameter(torch.ones(2)), torch.ones(2, dtype=torch.complex64)):
+        with pytest.raises(TypeError, match=r"^parameter 'a\.0' is a PyTorch tensor.* convert it"):
+            optim.SGD({"a": [tensor], "b": beside()}, lr=0.1)
+    with pytest.raises(TypeError, match=r"^parameter '0' is a PyTorch tensor"):
+        optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1)
+    assert all(name.startswith("b") for name in names_of(optim.SGD({"a": torch.arange(2), "b": beside()}, lr=0.1)))
+
+
+def test_a_parameter_that_holds_a_tree_is_refused_by_name() -> None:
+    """`nnx.grad` would differentiate it."""
+    for value in ({"w": jnp.ones(2)}, [np.ones(2)], 1.0):
+        model = nnx.Dict(inner=nnx.Dict(bad=nnx.Param(value), good=nnx.Param(jnp.ones(2))))
+        for take in (lambda model: optim.SGD(model, lr=0.1), lambda model: list(optim.parameters(model))):
+            with pytest.raises(TypeError, match=rf"nnx\.Param 'inner\.bad' holds a {type(value).__name__}, .* its own"):
+                take(model)
+    others = [nnx.Param(value) for value in (None, jnp.arange(2), jax.random.key(0), {"count": 1}, jnp.ones(2))]
+    assert names_of(optim.SGD(nnx.List(others), lr=0.1)) == ["4"]
+
+
+# --- nnx: modules that have no hash ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Dataclass(nnx.Module):
+    kernel: nnx.Param
+    label: str = "net"
+
+
+@nnx.dataclass
+class NnxDataclass(nnx.Pytree):
+    kernel: nnx.Param
+
+
+class Equal(nnx.Module):
+    def __init__(self, kernel: nnx.Param):
+        self.kernel = kernel
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Equal)
+
+
+UNHASHABLE: dict[str, Any] = {
+    "nnx.List": lambda kernel: nnx.List([kernel]),
+    "dataclass": Dataclass,
+    "nnx.dataclass": NnxDataclass,
+    "with __eq__": Equal,
+}
+
+
+def kernel_loss(model: Any, x: Any) -> Any:
+    kernel = model[0] if isinstance(model, nnx.List) else model.kernel
+    return jnp.mean((x @ kernel[...] - 1) ** 2)
+
+
+@pytest.mark.parametrize("make", UNHASHABLE.values(), ids=UNHASHABLE)
+def test_modules_without_a_hash_train_and_are_copied(make: Any) -> None:
+    model, other = make(nnx.Param(jnp.asarray(KERNEL))), make(nnx.Param(jnp.asarray(KERNEL)))
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(model)
+    optimizer, expected = optim.SGD(model, lr=0.1), jnp.asarray(KERNEL)
+    (box,) = optim.parameters(model)
+    assert box is optimizer.param_groups[0]["params"][0] is not next(optim.parameters(other))
+    for _ in range(2):
+        expected -= 0.1 * jax.grad(lambda kernel: jnp.mean((X @ kernel - 1) ** 2))(expected)
+        optimizer.step(kernel_loss, X)
+    np.testing.assert_allclose(box.value, expected, rtol=1e-5, atol=1e-6)
+    twin = copy.deepcopy(optimizer)
+    twin.backward(kernel_loss, X)
+    twin.step()
+    np.testing.assert_allclose(box.value, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(arrays_of(other)[0], KERNEL)
+
+
+@pytest.mark.parametrize("make", [lambda kernel: nnx.Dict(kernel=kernel), *UNHASHABLE.values()])
+def test_a_box_lives_as_long_as_a_module_that_holds_its_variable(make: Any) -> None:
+    variable = nnx.Param(jnp.ones(2))
+    first, second = make(variable), make(variable)
+    box = weakref.ref(next(optim.parameters([first, second])))
+    list(optim.parameters(second))
+    kept = box()
+    assert kept is not None
+    kept.requires_grad = False
+    del kept, first
+    gc.collect()
+    (kept,) = optim.parameters(second)
+    assert kept is box()
+    assert not kept.requires_grad
+    del kept, second
+    gc.collect()
+    assert box() is None
+    for _ in range(100):  # in the place of the old ones
+        (fresh,) = optim.parameters(make(variable))
+        assert fresh.requires_grad
+        fresh.requires_grad = False
+        del fresh
 
 
 # --- nnx: variables as parameters -----------------------------------------------------------------------------------
@@ -480,7 +600,7 @@ def test_variables_that_are_no_list_of_parameters() -> None:
         optim.SGD(net.layers[0].kernel, lr=0.1)
     with pytest.raises(TypeError, match="must be a floating array, got int32"):
         optim.SGD([nnx.Param(jnp.arange(2))], lr=0.1)
-    with pytest.raises(TypeError, match="can only optimize Parameters, but one of the params is Linear"):
+    with pytest.raises(TypeError, match=r"one of the params is Linear, at place 0$"):
         optim.SGD([net.layers[0], net.layers[2].kernel], lr=0.1)
 
 

@@ -4,6 +4,7 @@ import copy
 import gc
 import itertools
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -853,7 +854,12 @@ def test_a_group_value_that_is_no_number_is_named() -> None:
         (lambda: [("b", optim.Parameter(1.0)), ("b", optim.Parameter(1.0))], ValueError, "differ"),
         (lambda: [optim.Parameter(1.0)] * 2, ValueError, "more than once"),
         (lambda: groups([box := optim.Parameter(1.0)], [box]), ValueError, "more than one parameter group"),
-        (lambda: [{"params": [optim.Parameter(1.0)], "lrs": 1}], TypeError, "unknown option 'lrs'"),
+        (lambda: [{"params": [optim.Parameter(1.0)], "lrs": 1}], TypeError, r"unknown option 'lrs'.*\[0\]\['lrs'\] ="),
+        (lambda: 3, TypeError, "must hold parameters, got int: 3"),
+        (lambda: None, TypeError, "must hold parameters, got NoneType"),
+        (lambda: "w", TypeError, "must hold parameters, got str: 'w'"),
+        (lambda: jnp.arange(3), TypeError, "must hold parameters, got ArrayImpl"),
+        (lambda: groups([optim.Parameter(1.0)], None), TypeError, r"params of param_groups\[1\] must hold parameters"),
         (lambda: [{"params": [optim.Parameter(1.0)], "lr": -1}], ValueError, "Invalid learning rate: -1"),
     ],
 )
@@ -982,6 +988,147 @@ class PlainSGD(optim.Optimizer):
                     d_p = d_p + momentum * buf if group["nesterov"] else buf
                 p.value = p.value - group["lr"] * d_p
         return loss
+
+
+def test_a_subclass_may_take_arguments_of_its_own() -> None:
+    """They are no hyperparameters of the rule, which does not know them."""
+
+    class Clipped(optim.Adam):
+        def __init__(self, params: Any, lr: LearningRate = 0.1, clip: float = 0.5, *, log: Any = print):
+            super().__init__(params, lr=lr)
+            self.clip, self.log = clip, log
+
+        def step(self, *args: Any) -> Any:
+            optim.clip_grad_value_(self, self.clip)
+            return super().step(*args)
+
+    class Plain(optim.Optimizer):
+        def __init__(self, params: Any, transform: Any = jnp.sign):
+            super().__init__(params, dict(transform=transform))
+
+    box = optim.Parameter(jnp.ones(2))
+    optimizer = Clipped([box], clip=0.25)
+    box.grad = jnp.array([1.0, 0.1])
+    optimizer.step()
+    np.testing.assert_allclose(optimizer.state[box]["exp_avg"], [0.025, 0.01], rtol=1e-6)
+    assert "clip" not in optimizer.param_groups[0]
+    optim.functional.factory(Clipped)(lr=0.2).init([jnp.ones(2)])
+    with pytest.raises(ValueError, match="Invalid learning rate: -1"):
+        Clipped([box], lr=-1)
+    assert Plain([box]).param_groups[0]["transform"] is jnp.sign
+    with pytest.raises(NotImplementedError, match="only a rule has a functional form"):
+        _ = Plain([box]).algorithm
+
+
+def test_an_optimizer_around_another_need_not_call_init() -> None:
+    """As wrappers written for PyTorch do, such as Lookahead."""
+
+    class Around(optim.Optimizer):
+        def __init__(self, inner: Any):
+            self.inner = inner
+            self.param_groups, self.state, self.defaults = inner.param_groups, inner.state, inner.defaults
+
+        def step(self) -> None:
+            self.inner.step()
+
+    box = optim.Parameter(jnp.ones(2))
+    optimizer = Around(optim.SGD([box], lr=0.5, momentum=0.9))
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    scheduler = optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    for _ in range(2):
+        box.grad = jnp.ones(2)
+        optimizer.step()
+        scheduler.step()
+    np.testing.assert_allclose(box.value, 1 - 0.5 - 0.25 * 1.9, rtol=1e-6)
+    assert len(calls) == 2
+    assert optimizer.state_dict()["param_groups"][0]["lr"] == 0.125
+    copy.deepcopy(optimizer).step()
+
+
+@pytest.mark.parametrize("name", ["Adam", "LBFGS"])
+def test_state_set_as_a_dict_is_taken(name: str) -> None:
+    box = optim.Parameter(jnp.ones(2))
+    loss = lambda params: jnp.sum(params[0] ** 2 + params[0] ** 4)  # noqa: E731
+    optimizer, twin = (getattr(optim, name)([box], lr=0.1) for _ in range(2))
+    optimizer.step(loss)
+    copied = dict(optimizer.state[box])
+    value = box.value
+    optimizer.step(loss)
+    expected, box.value = box.value, value
+    twin.state[box] = copied
+    assert "<table>" in twin._repr_html_()
+    twin.step(loss)
+    np.testing.assert_array_equal(box.value, expected)
+    twin.state = defaultdict(dict)
+    twin.step(loss)
+    assert "<table>" in twin._repr_html_()
+
+
+@pytest.mark.parametrize("call", [lambda o: o.step(None, 1), lambda o: o.step([jnp.ones(2)], 1)])
+def test_arguments_without_a_loss_function_are_refused(call: Any) -> None:
+    box = optim.Parameter(jnp.ones(2))
+    box.grad = jnp.ones(2)
+    with pytest.raises(TypeError, match="takes no further arguments, got 1"):
+        call(optim.SGD([box]))
+    np.testing.assert_array_equal(box.value, [1, 1])
+
+
+def test_keywords_from_a_hook_are_those_of_step() -> None:
+    box = optim.Parameter(jnp.ones(2))
+    optimizer = optim.SGD([box], lr=1.0)
+    with optimizer.register_step_pre_hook(lambda _, args, kwargs: (args, {"grads_or_loss": [jnp.full(2, 3.0)]})):
+        optimizer.step()
+    np.testing.assert_array_equal(box.value, [-2, -2])
+    with (
+        optimizer.register_step_pre_hook(lambda _, args, kwargs: (args, {"closure": 1})),
+        pytest.raises(TypeError, match="unexpected keyword argument 'closure'"),
+    ):
+        optimizer.step([jnp.ones(2)])
+    np.testing.assert_array_equal(box.value, [-2, -2])
+
+
+def test_messages_name_boxes_by_the_names_of_their_pairs_or_by_their_place() -> None:
+    def boxes() -> list[Any]:
+        return [optim.Parameter(jnp.ones(2)) for _ in range(2)]
+
+    bad = [jnp.ones(2), jnp.ones(3)]
+    with pytest.raises(ValueError, match=r"gradient of 'enc\.b' has shape \(3,\)"):
+        optim.Adam(zip(["enc.a", "enc.b"], boxes(), strict=True)).step({"enc.a": bad[0], "enc.b": bad[1]})
+    with pytest.raises(ValueError, match=r"gradient of 'params\[1\] of param_groups\[1\]' has shape \(3,\)"):
+        optim.Adam(groups(boxes(), boxes())).step([bad[:1] * 2, bad])
+
+
+def test_a_failing_write_into_the_module_loses_no_state() -> None:
+    """The program has donated the slots by then."""
+
+    class Guarded(nnx.BatchStat[Any]):
+        armed = False
+
+        def set_value(self, value: Any, **kwargs: Any) -> None:
+            if self.armed:
+                raise KeyboardInterrupt
+            super().set_value(value, **kwargs)
+
+    class Counting(nnx.Module):
+        def __init__(self) -> None:
+            self.w = nnx.Param(jnp.ones(3))
+            self.calls = Guarded(jnp.zeros(()))
+
+    def loss(model: Any) -> Any:
+        return jnp.sum(model.w[...] ** 2)
+
+    model = Counting()
+    optimizer = optim.Adam(model)
+    optimizer.step(loss)
+    optimizer.step(loss)
+    Guarded.armed = True
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(loss)
+    Guarded.armed = False
+    optimizer.step(loss)
+    assert optimizer.state_dict()["state"][0]["step"] == 4
+    assert np.isfinite(optimizer.state_dict()["state"][0]["exp_avg"]).all()
 
 
 def test_slots_that_start_from_the_parameter_are_arrays_of_their_own() -> None:
@@ -1125,7 +1272,7 @@ def test_a_subclass_without_rule_and_step_says_what_it_lacks() -> None:
         def __init__(self, params: Iterable[Any]):
             super().__init__(params, {})
 
-    with pytest.raises(NotImplementedError, match="Nothing must set `rule` or override step"):
+    with pytest.raises(NotImplementedError, match="Nothing has no `rule`: it must set one or override step"):
         Nothing([jnp.ones(2)]).step([jnp.ones(2)])
 
 

@@ -330,7 +330,13 @@ def test_in_place_operators_change_the_box(model: Model) -> None:
         box *= 4.0
         box += box
         box /= np.float32(2)
+        before = np.asarray(box)
+        box **= 3.0
+        box %= 7.0
+        box //= 0.5
         assert box is same
+        np.testing.assert_allclose(box.value, before**3 % 7 // 0.5)
+        box.value = jnp.asarray(before)
         np.testing.assert_allclose(box.value, (start - 0.5) * 4)
         with pytest.raises(ValueError, match="must keep shape"):
             box += np.ones((4, *box.shape))
@@ -345,3 +351,29 @@ def test_a_python_number_is_an_array_like_others(compilations: Any) -> None:
     before = compilations()
     optimizer.step(loss)
     assert compilations() == before
+
+
+def test_a_box_is_iterated_and_judged_as_its_value() -> None:
+    box = optim.Parameter(jnp.array([[1.0, 2.0], [3.0, 4.0]]))
+    assert [row.tolist() for row in box] == [[1, 2], [3, 4]]
+    first, _ = optim.Parameter([5.0, 6.0])
+    assert float(first) == 5
+    assert 6.0 in optim.Parameter([5.0, 6.0])
+    with pytest.raises(TypeError, match="0-d"):
+        list(optim.Parameter(1.0))
+    assert optim.Parameter(1.0)
+    assert not optim.Parameter([0.0])
+    with pytest.raises(ValueError, match="ambiguous"):
+        bool(box)
+
+
+@pytest.mark.parametrize("wanted", ["no", None, 1, [False]])
+def test_requires_grad_is_true_or_false(wanted: Any) -> None:
+    box = optim.Parameter(1.0)
+    with pytest.raises(TypeError, match="requires_grad must be True or False"):
+        box.requires_grad = wanted
+    with pytest.raises(TypeError, match="requires_grad must be True or False"):
+        optim.Parameter(1.0, requires_grad=wanted)
+    with pytest.raises(TypeError, match=r"'requires_grad' of rules\[0\] must be True or False"):
+        optim.group_parameters({"w": jnp.ones(2)}, [{"params": "w", "requires_grad": wanted}])
+    assert box.requires_grad is True

@@ -1,5 +1,6 @@
 """State dicts: PyTorch's layout, resuming, matching, misfits that change nothing."""
 
+import collections
 import copy
 import functools
 import json
@@ -166,6 +167,43 @@ def test_numpy_arrays_that_were_loaded_may_be_overwritten() -> None:
     assert_equal(run(other, 2, 4), run(source, 2, 4))
 
 
+@pytest.mark.parametrize(
+    "value", [np.full(1, 0.5), [0.5, {"a": [1]}], {"a": [np.ones(2)]}, collections.deque([1, 2], 2)]
+)
+def test_what_can_be_edited_in_place_is_copied_out_and_in(value: Any) -> None:
+    def edit(group: Any) -> None:
+        inner = group["own"]
+        if isinstance(inner, np.ndarray):
+            inner *= 0.5
+        elif isinstance(inner, dict):
+            inner["a"][0] *= 3
+        elif isinstance(inner, list):
+            inner[1]["a"].append(2)
+        else:
+            inner.append(3)
+
+    first, second = run_adam(), run_adam()
+    first.param_groups[0]["own"] = value
+    original = copy.deepcopy(value)
+    saved = first.state_dict()
+    edit(first.param_groups[0])
+    np.testing.assert_equal(saved["param_groups"][0]["own"], original)
+    second.load_state_dict(saved)
+    assert type(second.param_groups[0]["own"]) is type(original)
+    edit(second.param_groups[0])
+    np.testing.assert_equal(saved["param_groups"][0]["own"], original)
+
+
+def test_arrays_of_jax_are_shared() -> None:
+    first, second = run_adam(), run_adam()
+    saved = first.state_dict()
+    second.load_state_dict(saved)
+    for source in (first, second):
+        for number, box in enumerate(boxes_of(source)):
+            assert source.state[box]["exp_avg"] is saved["state"][number]["exp_avg"]
+    assert_equal(run(first, 2, 4), run(second, 2, 4))  # and yet each step has memory of its own
+
+
 # --- Resuming -------------------------------------------------------------------------------------------------------
 
 
@@ -178,13 +216,10 @@ def through_pickle(saved: Any) -> Any:
 
 
 def through_json(saved: Any) -> Any:
-    """Keys become strings, tuples lists, arrays lists and back."""
-    dtype = saved["state"][0]["exp_avg"].dtype if "exp_avg" in saved["state"].get(0, {}) else np.float32
-    text = json.dumps(jax.tree.map(lambda x: np.asarray(x).tolist() if isinstance(x, jax.Array) else x, saved))
-    loaded = json.loads(text)
-    for entries in loaded["state"].values():
-        entries.update({k: np.asarray(v, dtype) for k, v in entries.items() if isinstance(v, list)})
-    return loaded
+    """Keys become strings, tuples and arrays lists."""
+    return json.loads(
+        json.dumps(jax.tree.map(lambda x: np.asarray(x).tolist() if isinstance(x, jax.Array) else x, saved))
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -268,6 +303,34 @@ def test_the_saved_dtype_is_kept(dtype: Any) -> None:
         assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == dtype
         narrow.step({"w": jnp.ones(3, jnp.bfloat16)})
         assert narrow.params["w"].dtype == jnp.bfloat16
+
+
+def test_plain_numbers_take_the_dtype_of_the_slot() -> None:
+    """JSON has no arrays; and 1.0 is 1 to some who write it."""
+    source = optim.NAdam({"w": jnp.ones(2, jnp.bfloat16)}, lr=0.1)
+    source.step({"w": jnp.array([1, 0], jnp.bfloat16)})
+    saved = jax.tree.map(lambda x: np.asarray(x).tolist() if isinstance(x, jax.Array) else x, source.state_dict())
+    saved["state"][0]["exp_avg_sq"] = [1, 2**40]
+    other = optim.NAdam({"w": jnp.ones(2, jnp.bfloat16)}, lr=0.1)
+    other.load_state_dict(json.loads(json.dumps(saved)))
+    (ours,), (theirs,) = other.state.values(), source.state.values()
+    assert {k: v.dtype for k, v in ours.items() if k != "step"} == {
+        k: v.dtype for k, v in theirs.items() if k != "step"
+    }
+    np.testing.assert_array_equal(ours.pop("exp_avg_sq").astype(float), [1, 2**40])
+    assert plain(dict(ours)) == plain({k: v for k, v in theirs.items() if k != "exp_avg_sq"})
+
+
+@pytest.mark.parametrize("value", [np.array([1.0, 2.0]), [1, 2], [1.0, 2 + 0j], jnp.array([1.0, 2.0], jnp.bfloat16)])
+def test_a_complex_slot_takes_real_numbers(value: Any) -> None:
+    optimizer = optim.SGD({"w": jnp.ones(2, complex)}, lr=0.1, momentum=0.5)
+    optimizer.step({"w": jnp.ones(2, complex)})
+    saved = optimizer.state_dict()
+    saved["state"][0]["momentum_buffer"] = value
+    optimizer.load_state_dict(saved)
+    optimizer.step({"w": jnp.array([2j, 0])})  # of which the buffer takes the conjugate
+    (state,) = optimizer.state.values()
+    np.testing.assert_array_equal(state["momentum_buffer"], np.array([0.5 - 2j, 1], np.complex64))
 
 
 def test_a_loaded_rate_in_a_tensor_or_array_becomes_a_number(torch: Any) -> None:
@@ -406,6 +469,22 @@ MISFITS = {
     "an illegal value": (edit(lambda s: s["param_groups"][1].update(lr="fast")), r"lr of param_groups\[1\] is 'fast'"),
     "a slot that is no array": (edit(lambda s: s["state"][2].update(exp_avg="mean")), "exp_avg"),
     "a step that is no number": (edit(lambda s: s["state"][2].update(step=np.ones(2))), "step"),
+    "a step in between": (edit(lambda s: s["state"][2].update(step=1.5)), "'step' is 1.5, which is no whole number"),
+    "a step below zero": (edit(lambda s: s["state"][2].update(step=-3)), "'step' is -3, which is no whole number"),
+    "an infinite step": (edit(lambda s: s["state"][2].update(step=np.inf)), "'step' is inf, which is no whole number"),
+    "a step in text": (edit(lambda s: s["state"][2].update(step="3")), "'step' is '3', which is no whole number"),
+    "a ragged slot": (edit(lambda s: s["state"][2].update(exp_avg=[[1.0], [2.0, 3.0]])), "'exp_avg' is .* loaded"),
+    "an unknown id in text": (edit(lambda s: s["state"].update({"7": {}})), r"none of its groups: \['7'\]"),
+    "an id twice": (edit(lambda s: s["param_groups"][0].update(params=[0, 0])), "more than once in its groups: 0"),
+    "an id in two groups": (edit(lambda s: s["param_groups"][1].update(params=[1])), "more than once in its groups: 1"),
+    "a state twice": (edit(lambda s: s["state"].update({"2": s["state"][2]})), "state of parameter 2 twice"),
+    "one beta": (edit(lambda s: s["param_groups"][1].update(betas=0.9)), "0.9, .* must be a tuple of 2 numbers$"),
+} | {
+    f"a slot of kind {dtype.__name__}": (
+        edit(lambda s, dtype=dtype: s["state"][2].update(exp_avg=np.ones((3, 2), dtype))),
+        rf"'exp_avg' is .* its dtype {np.dtype(dtype)} is of another kind than float32",
+    )
+    for dtype in (int, bool, complex)
 }
 
 
@@ -533,6 +612,160 @@ def build_and_run(case: Case) -> Any:
     optimizer = build(case, 1, values(dtype=np.float32))
     run(optimizer, 0, 1)
     return optimizer.state_dict()
+
+
+# --- An optimizer with a step of its own --------------------------------------------------------------------------
+
+
+class Own(optim.Optimizer):
+    """Keeps what it likes."""
+
+    def __init__(self, params: Any, lr: float = 0.1):
+        super().__init__(params, dict(lr=lr))
+
+    def step(self, *args: Any) -> None:
+        """Nothing."""
+
+
+Pair = collections.namedtuple("Pair", "a b")
+
+
+def test_an_optimizer_with_a_step_of_its_own_gets_back_what_it_kept(torch: Any) -> None:
+    kept = {
+        "step": 0.5,
+        "counts": np.array([2**40]),
+        "wide": np.full(2, 1e-300),
+        "texts": np.array(["a"]),
+        "nothing": None,
+        "name": "fast",
+        "nested": [1, None, {"b": (jnp.ones(3), "x"), "a": Pair(1, {2})}],
+        "recent": collections.deque([1.0, 2.0], maxlen=2),
+        "function": len,
+        "large": 2**70,
+    }
+    first, second = Own([optim.Parameter(1.0)]), Own([optim.Parameter(1.0)])
+    first.state[boxes_of(first)[0]].update(kept)
+    for _ in range(2):  # its own state dict, too
+        second.load_state_dict(first.state_dict())
+        (state,) = second.state.values()
+        assert list(state) == list(kept)
+        assert repr(dict(state)) == repr(kept)
+        first.state[boxes_of(first)[0]] = state
+    assert state["nested"][2]["b"][0] is kept["nested"][2]["b"][0]
+    state["nested"][2]["b"] = state["nested"].append(3)
+    state["counts"][0] = 0
+    state["recent"].append(3.0)
+    assert len(kept["nested"]) == 3
+    assert kept["counts"][0] == 2**40
+    assert list(kept["recent"]) == [1, 2]
+
+
+def test_its_arrays_become_those_of_jax_where_these_can_hold_them(torch: Any) -> None:
+    arrays = {"n32": np.ones(2, np.float32), "t32": torch.ones(2), "i": np.array(3, np.int32)}
+    arrays |= {"n64": np.ones(2), "t64": torch.ones(2, dtype=torch.float64)}
+    optimizer = Own([optim.Parameter(1.0)])
+    optimizer.load_state_dict({"state": {0: arrays}, "param_groups": [{"params": [0]}]})
+    (state,) = optimizer.state.values()
+    for array in (arrays["n32"], arrays["t32"], arrays["n64"], arrays["t64"]):
+        array *= 2
+    assert {name: (type(x), str(x.dtype)) for name, x in state.items()} == {
+        "n32": (type(jnp.ones(1)), "float32"),
+        "t32": (type(jnp.ones(1)), "float32"),
+        "i": (type(jnp.ones(1)), "int32"),
+        "n64": (np.ndarray, "float64"),
+        "t64": (np.ndarray, "float64"),
+    }
+    assert all(np.all(np.asarray(x) % 2 == 1) for x in state.values())
+
+
+def beside(optimizer: Any) -> dict[Any, Any]:
+    return {key: dict(value) for key, value in optimizer.state.items() if isinstance(key, str)}
+
+
+def test_state_beside_the_parameters_is_saved_and_loaded_as_in_pytorch(torch: Any) -> None:
+    def script(optimizers: Any) -> Any:
+        first, second = optimizers
+        first.step()
+        first.state["global"] = {"count": 3, "history": [1.0]}
+        first.state["b"]["x"] = 1
+        saved = first.state_dict()
+        first.state["global"]["count"] = 4
+        second.state["old"] = {"y": 2}
+        second.load_state_dict(saved)
+        loaded = beside(second)
+        second.load_state_dict({**saved, "state": {key: value for key, value in saved["state"].items() if key == 0}})
+        return list(saved["state"]), loaded, beside(second)
+
+    def theirs() -> Any:
+        tensor = torch.nn.Parameter(torch.ones(()))
+        tensor.grad = torch.ones(())
+        return torch.optim.SGD([tensor], lr=0.1, momentum=0.9)
+
+    ours = [optim.SGD([optim.Parameter(1.0)], lr=0.1, momentum=0.9) for _ in range(2)]
+    boxes_of(ours[0])[0].grad = jnp.ones(())
+    keys, loaded, after = script(ours)
+    assert keys == [0, "global", "b"]
+    assert loaded == {"global": {"count": 3, "history": [1.0]}, "b": {"x": 1}}
+    expected = script([theirs(), theirs()])
+    expected[1]["global"]["count"] = 3  # PyTorch's state dict is no snapshot
+    assert (keys, loaded, after) == expected
+
+
+def test_state_beside_the_parameters_through_json_and_partly() -> None:
+    first, second = run_adam(), run_adam()
+    first.state["global"] = {"count": 3, "values": np.ones(1)}
+    saved = first.state_dict()
+    saved["state"] = {str(key): value for key, value in saved["state"].items()}
+    second.state["mine"] = {"x": 1}
+    before = [plain(dict(entries)) for entries in second.state.values()]
+    with pytest.raises(ValueError, match="match the size of optimizer's group"):
+        second.load_state_dict({**saved, "param_groups": saved["param_groups"][:1] * 2})
+    assert [plain(dict(entries)) for entries in second.state.values()] == before
+    second.load_state_dict(saved)
+    assert beside(second) == {"global": {"count": 3, "values": np.ones(1)}}
+    second.state["global"]["values"][0] = 7
+    assert saved["state"]["global"]["values"] == first.state["global"]["values"] == 1
+
+    changed = momentum({"a": (2,)})
+    changed.state["mine"] = {"x": 1}
+    changed.load_state_dict(momentum({"b": (2,)}).state_dict(), strict=False)
+    assert beside(changed) == {"mine": {"x": 1}}
+
+
+def test_a_subclass_completes_an_old_checkpoint_where_it_does_in_pytorch(torch: Any) -> None:
+    def script(base: Any, parameter: Any) -> Any:
+        log: list[Any] = []
+
+        class Newer(base):
+            def __setstate__(self, state: Any) -> None:
+                super().__setstate__(state)
+                log.append(sorted(state))
+                for group in self.param_groups:
+                    group.setdefault("newopt", 7)
+
+        old, new = base([parameter], lr=0.1), Newer([parameter], lr=0.2)
+        new.register_load_state_dict_post_hook(lambda o: log.append(o.param_groups[0]["newopt"]))
+        new.load_state_dict(old.state_dict())
+        return log, new.param_groups[0]["lr"], new.param_groups[0]["newopt"]
+
+    theirs = script(torch.optim.SGD, torch.nn.Parameter(torch.ones(())))
+    assert script(optim.SGD, optim.Parameter(1.0)) == theirs == ([["param_groups", "state"], 7], 0.1, 7)
+
+
+def test_a_subclass_that_refuses_what_was_loaded_keeps_what_it_had() -> None:
+    class Strict(optim.SGD):
+        def __setstate__(self, state: Any) -> None:
+            super().__setstate__(state)
+            if self.param_groups[0]["lr"] > 0.5:
+                raise ValueError("too fast")
+
+    slow, fast = (Strict({"w": jnp.ones(2)}, lr=lr, momentum=0.9) for lr in (0.1, 0.7))
+    fast.step({"w": jnp.ones(2)})
+    for optimizer in (slow, stepped(copy.copy(slow), 2.0)):
+        before = plain(optimizer.state_dict())
+        with pytest.raises(ValueError, match="too fast"):
+            optimizer.load_state_dict(fast.state_dict())
+        assert plain(optimizer.state_dict()) == before
 
 
 # --- Copies ---------------------------------------------------------------------------------------------------------

@@ -22,7 +22,9 @@ move), after ``max_iter`` iterations or ``max_eval`` evaluations, when no elemen
 
 All iterations with their line searches are one compiled program, in which the loss stands twice: at the beginning and
 in the loop. The history takes ``2 * history_size`` vectors from the start, for a program has arrays of one shape; it is
-updated in place. Parameters that are distributed over a mesh with automatic axes stay so.
+updated in place. Parameters that are distributed over a mesh stay so; only inside a ``jax.jit`` of one's own, over
+automatic axes, the compiler decides, unless ``out_shardings`` does. Over explicit axes the vectors are whole on each
+device.
 
 Source: Liu, Nocedal, "On the limited memory BFGS method for large scale optimization", Mathematical Programming 45
 (1989).
@@ -61,6 +63,8 @@ from optimjax.loss import value_and_grad
 from optimjax.optimizer import Optimizer
 from optimjax.parameter import Parameter
 from optimjax.rule import LearningRate, Number, Numeric, Structural
+from optimjax.state_dict import as_count, slot_array
+from optimjax.step import ParameterState
 from optimjax.tree import check_gradient, flatten_params, match, names
 from optimjax.vector import Layout, dot, largest
 
@@ -290,13 +294,9 @@ def algorithm(hyperparameters: Any, values: Mapping[str, Any]) -> Algorithm:
     hyperparameters.check(values, None)
     history_size, line_search_fn = values["history_size"], values["line_search_fn"]
 
-    def layout_of(leaves: Sequence[Array]) -> Layout:
-        shapes, dtypes = tuple(leaf.shape for leaf in leaves), tuple(leaf.dtype for leaf in leaves)
-        return Layout(shapes, dtypes, tuple(range(len(leaves))))
-
     def initial(params: Any) -> LBFGSState:
         """The state before the first update."""
-        return init(layout_of(flatten_params(params)[0]), history_size)
+        return init(Layout.of(flatten_params(params)[0]), history_size)
 
     def update(
         params: Any, grads: Any, state: LBFGSState, *, loss_fn: Callable[[Any], Array], **overrides: Any
@@ -306,7 +306,7 @@ def algorithm(hyperparameters: Any, values: Mapping[str, Any]) -> Algorithm:
         check_overrides(hyperparameters, overrides)
         now = {**values, **overrides}
         hyperparameters.check(now, None)
-        layout = layout_of(leaves)
+        layout = Layout.of(leaves)
         if not isinstance(state, LBFGSState) or np.shape(state.old_dirs) != (history_size, layout.size):
             raise TypeError(
                 "state must be the LBFGSState that init returns for these parameters and "
@@ -332,7 +332,7 @@ def algorithm(hyperparameters: Any, values: Mapping[str, Any]) -> Algorithm:
             lambda x, _: (*evaluate(layout.unflatten(x)), None),
             layout.rounded, line_search_fn, state, layout.flatten(leaves), loss, grad, None, scalars,
         )  # fmt: skip
-        return treedef.unflatten(layout.unflatten(x)), state
+        return treedef.unflatten(map(_placed_like, leaves, layout.unflatten(x))), state
 
     return Algorithm(initial, update)
 
@@ -358,7 +358,7 @@ def _step(
         arrays = list(traced)
         for index, array in zip(changing, changed, strict=True):
             arrays[index] = array
-        loss, _, changed, grads = value_and_grad(loss_fn, cut, False, params, arrays, [None] * len(params))
+        loss, _, changed, _, grads = value_and_grad(loss_fn, cut, False, params, arrays, [None] * len(params))
         return loss, gradient(layout, grads), changed
 
     loss, grad, changed = evaluate(params, [traced[index] for index in changing])
@@ -417,6 +417,15 @@ def from_entries(entries: Mapping[str, Any], layout: Layout, history_size: int) 
         missing = [getattr(state, name)[0]] * (history_size - stored)
         arrays[name] = jnp.stack([*(jnp.asarray(row, layout.dtype) for row in rows), *missing])
     return state._replace(**arrays, stored=jnp.int32(stored))
+
+
+def _placed_like(old: Array, new: Array) -> Array:
+    """The new value where the old one was: the compiler, which has seen one vector, may have spread it otherwise."""
+    before, after = (getattr(array, "sharding", None) for array in (old, new))  # tracers have none
+    if before is None or after is None or after.is_equivalent_to(before, new.ndim):
+        return new
+    # From one device it has followed what the loss uses.
+    return new if isinstance(before, jax.sharding.SingleDeviceSharding) else jax.device_put(new, before)
 
 
 def _positive_integer(name: str, value: Any) -> None:
@@ -515,7 +524,8 @@ class LBFGS(Optimizer):
         """Up to ``max_iter`` iterations, in one compiled program.
 
         Args:
-          loss_fn: returns a real scalar; called as by :meth:`optimjax.Optimizer.backward`.
+          loss_fn: returns a real scalar; called as by :meth:`optimjax.Optimizer.backward`, except that what it writes
+            into an ``nnx.Param`` is not kept: the line search sets the parameters.
           args: its further arguments.
 
         Returns:
@@ -549,27 +559,24 @@ class LBFGS(Optimizer):
         self._keep(state)
         call.write_back(changed)
         for box, param in zip(call.boxes, params, strict=True):
-            box.write(param)
+            box.write(_placed_like(box.value, param))
         return loss
 
     def _layout_of(self, moving: Sequence[Parameter]) -> Layout:
         boxes = self._parameters()
         position = {box: index for index, box in enumerate(boxes)}
-        return Layout(
-            tuple(box.shape for box in boxes),
-            tuple(box.dtype for box in boxes),
-            tuple(position[box] for box in moving),
-        )
+        return Layout.of([box.value for box in boxes], [position[box] for box in moving])
 
     def _present(self, layout: Layout, history_size: int) -> LBFGSState:
         """The state that a step may donate: that of the last one, or a new one where somebody has seen or set it."""
-        entry = self.state.get(self._parameters()[0])
-        if entry is not None and isinstance(entry.place, Kept) and len(entry.place.state.ro) == history_size:
+        entry = ParameterState.of(self.state.get(self._parameters()[0], {}))
+        if isinstance(entry.place, Kept) and len(entry.place.state.ro) == history_size:
             return entry.place.state
-        return from_entries(entry or {}, layout, history_size)
+        return from_entries(entry, layout, history_size)
 
     def _keep(self, state: LBFGSState) -> None:
-        entry = self.state[self._parameters()[0]]
+        first = self._parameters()[0]
+        entry = self.state[first] = ParameterState.of(self.state[first])
         entry.place = None  # its arrays were donated
         for name in ENTRIES:
             entry.pop(name, None)
@@ -583,7 +590,7 @@ class LBFGS(Optimizer):
         where = f"loaded state of parameter {str(box)!r}"
         if box is not self._parameters()[0]:
             raise ValueError(f"{where}: LBFGS keeps the state of all parameters with the first one")
-        entries.pop("al", None)  # PyTorch's scratch
+        entries = {name: value for name, value in entries.items() if value is not None and name != "al"}  # scratch
         unknown = [name for name in entries if name not in ENTRIES]
         if unknown:
             raise ValueError(f"{where} has {unknown[0]!r}, which {type(self).__name__} does not keep")
@@ -591,22 +598,24 @@ class LBFGS(Optimizer):
         absent = [name for name in wanted if name not in entries]
         if absent:
             raise ValueError(f"{where} lacks {absent}")
-        vector = (self._layout_of(()).size,)
+        layout = self._layout_of(())
+        checked: dict[str, Any] = {name: as_count(entries[name], f"{where}: {name!r}") for name in COUNTS}
         lengths = set()
-        for name in wanted:
+        for name in wanted[len(COUNTS) :]:
             values = entries[name] if name in HISTORY else [entries[name]]
             if not isinstance(values, (list, tuple)):
                 raise ValueError(f"{where}: {name!r} must be a list of arrays, got {type(values).__name__}")
-            lengths |= {len(values)} if name in HISTORY else set()
-            expected = vector if name in VECTORS else ()
-            for value in values:
-                if not isinstance(value, (int, float, Array)):
-                    raise ValueError(f"{where}: {name!r} has {value!r}, which is no array")
-                if np.shape(value) != expected:
-                    raise ValueError(f"{where}: {name!r} has shape {np.shape(value)}, expected {expected}")
+            arrays = [slot_array(value, layout.dtype, f"{where}: {name!r}") for value in values]
+            expected = (layout.size,) if name in VECTORS else ()
+            for array in arrays:
+                if array.shape != expected:
+                    raise ValueError(f"{where}: {name!r} has shape {array.shape}, expected {expected}")
+            numbers = [v if isinstance(v, (int, float)) else array for v, array in zip(values, arrays, strict=True)]
+            lengths |= {len(numbers)} if name in HISTORY else set()
+            checked[name] = numbers if name in HISTORY else numbers[0]
         if len(lengths) > 1:
             raise ValueError(f"{where}: {', '.join(HISTORY)} must be of one length, got {sorted(lengths)}")
-        return entries | {name: int(entries[name]) for name in COUNTS}
+        return checked
 
 
 lbfgs = factory(LBFGS)

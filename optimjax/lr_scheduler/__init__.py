@@ -8,7 +8,8 @@ Differs from PyTorch:
 
 1. ``load_state_dict`` undoes what building the scheduler did to the groups, so that a run resumes exactly whether the
    scheduler was built before or after the optimizer's state was loaded.
-2. A group added to the optimizer later is scheduled, from the learning rate that it was added with.
+2. A group added to the optimizer later is scheduled, from the learning rate that it was added with: where PyTorch's
+   formula is recursive, that is multiplied as the other rates are from then on.
 3. ``SequentialLR`` and ``ChainedScheduler`` take ``ReduceLROnPlateau`` (``step(metric)``), and sequences and chains at
    any place. What PyTorch does not take begins at the base rate when its turn comes.
 4. A step, or loading, that fails leaves schedulers and groups as they were.

@@ -16,6 +16,10 @@ class CosineAnnealingLR(LRScheduler):
 
     computed by PyTorch's recursion, so that other schedulers and hand edits of the rate carry on.
 
+    A group that is added on the way down comes to ``eta_min`` with the others, one that is added at the bottom begins
+    there; from then on it goes between ``eta_min`` and its own rate. On the way up its rate grows by the same factors
+    as theirs, in PyTorch, too, and far above what it was: add it with the ``lr`` and ``initial_lr`` of another one.
+
     Loshchilov, Hutter, "SGDR: stochastic gradient descent with warm restarts", ICLR 2017 (arXiv:1608.03983).
 
     Args:
@@ -57,9 +61,12 @@ class CosineAnnealingLR(LRScheduler):
         if self._step_count == 1 and epoch > 0:
             return self._get_closed_form_lr()
         if (epoch - 1 - half) % (2 * half) == 0:  # the present rate is eta_min, from which the ratio would not rise
+            rates = self._rates()
+            known = len(self._last_lr)
+            bottom = rates[:known] + [self.eta_min] * len(rates[known:])  # groups that are new have not come down to it
             return [
                 rate + (base - self.eta_min) * (1 - math.cos(math.pi / half)) / 2
-                for rate, base in zip(self._rates(), self.base_lrs, strict=True)
+                for rate, base in zip(bottom, self.base_lrs, strict=True)
             ]
         ratio = (1 + math.cos(math.pi * epoch / half)) / (1 + math.cos(math.pi * (epoch - 1) / half))
         return [ratio * (rate - self.eta_min) + self.eta_min for rate in self._rates()]

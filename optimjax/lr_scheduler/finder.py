@@ -1,7 +1,7 @@
 """The learning rate range test: which rates train, which diverge."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any
 
 import jax
@@ -99,7 +99,11 @@ class _Before:
         self._dicts = [(each, dict(each)) for each in (vars(optimizer), *optimizer.param_groups)]
         self._boxes = [(box, box.value, box.grad) for box in optimizer._parameters()]
         # Containers are copied: an optimizer with a step of its own may keep lists, and change them.
-        self._state = {box: (entry, jax.tree.map(lambda x: x, dict(entry))) for box, entry in optimizer.state.items()}
+        self._state = {
+            key: (entry, jax.tree.map(lambda x: x, dict(entry)))
+            for key, entry in optimizer.state.items()
+            if isinstance(entry, MutableMapping)
+        }
         self._variables: dict[int, tuple[Any, Any]] = {}
 
     def note_variables(self, variables: Iterable[Any]) -> None:
@@ -115,10 +119,11 @@ class _Before:
             box.write(value)
             box.grad = grad
         state = self._optimizer.state
-        state.clear()
-        for box, (entry, values) in self._state.items():
+        for box, _, _ in self._boxes:
+            state.pop(box, None)
+        for key, (entry, values) in self._state.items():
             entry.clear()
             entry.update(values)
-            state[box] = entry
+            state[key] = entry
         for variable, value in self._variables.values():
             variable.set_value(value)
