@@ -116,7 +116,7 @@ class Call:
 
     cut: Cut
     boxes: list[Parameter]  # those found among the arguments, in the order of `differentiated`
-    variables: list[Any]  # those whose arrays may change, in the order of `Cut.changed`
+    variables: list[Any]  # those whose arrays may change, in the order in which `Cut.after` has them
     origins: list[Any]  # of each traced array: the position of a leaf, or a variable, or the array
     differentiated: list[Array] = field(default_factory=list)
     traced: list[Any] = field(default_factory=list)
