@@ -364,6 +364,8 @@ class Optimizer:
 
     def _are_gradients(self, x: Any) -> bool:
         """Whether a callable is a tree of gradients, as an Equinox module is."""
+        if jax.tree_util.all_leaves([x]):  # a function
+            return False
         try:
             return not any(callable(grad) for _, grad in self._pair(x))
         except (ValueError, TypeError):
