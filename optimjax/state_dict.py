@@ -19,7 +19,7 @@ from optimjax.tree import from_tensor
 if TYPE_CHECKING:
     from optimjax.optimizer import Optimizer
 
-__all__ = ["IncompatibleKeys", "as_count", "as_dict", "load", "pack", "plain", "slot_array"]
+__all__ = ["IncompatibleKeys", "as_count", "as_dict", "copied", "load", "pack", "plain", "slot_array"]
 
 
 def pack(optimizer: "Optimizer") -> dict[str, Any]:
@@ -34,9 +34,9 @@ def pack(optimizer: "Optimizer") -> dict[str, Any]:
     for group in optimizer.param_groups:
         for box in group["params"]:
             number.setdefault(box, len(number))
-        groups.append(_copied({**group, "params": [number[box] for box in group["params"]]}, _own))
+        groups.append(copied({**group, "params": [number[box] for box in group["params"]]}))
     state = {number[box]: dict(entries) for box, entries in optimizer.state.items() if box in number and entries}
-    return {"state": _copied(dict(sorted(state.items())) | _beside(optimizer.state), _own), "param_groups": groups}
+    return {"state": copied(dict(sorted(state.items())) | _beside(optimizer.state)), "param_groups": groups}
 
 
 class IncompatibleKeys(NamedTuple):
@@ -70,7 +70,6 @@ def load(optimizer: "Optimizer", state_dict: Mapping[str, Any], strict: bool = T
     ids, keys = (_matched if strict else _found)(optimizer.param_groups, saved_groups)
     saved_state, saved_beside = _state(state_dict, saved_groups)
     groups: list[dict[str, Any]] = []
-    kept = lambda box: optimizer.state.get(box, ParameterState())  # noqa: E731
     state: dict[Any, Any] = {}
     for index, (group, ids_of_group) in enumerate(zip(optimizer.param_groups, ids, strict=True)):
         where = f" of param_groups[{index}]"
@@ -86,8 +85,8 @@ def load(optimizer: "Optimizer", state_dict: Mapping[str, Any], strict: bool = T
                 f"loaded state dict: {saved['param_names']}, the optimizer has {group['param_names']}"
             )
         for position, (box, saved_id) in enumerate(zip(group["params"], ids_of_group, strict=True)):
+            state[box] = optimizer.state.get(box, ParameterState())  # which stays where nothing fits
             if saved_id is None:
-                state[box] = kept(box)
                 continue
             entries = saved_state.get(str(saved_id)) or {}
             try:
@@ -98,12 +97,11 @@ def load(optimizer: "Optimizer", state_dict: Mapping[str, Any], strict: bool = T
                         "" if strict else "; strict=False needs names: make the optimizer from optim.named_parameters"
                     )
                     raise ValueError(f"{error}{hint}") from None
-                state[box] = kept(box)
                 for names in keys:
                     names.append(group["param_names"][position])
 
     state = {box: entries for box, entries in state.items() if entries}
-    beside = ({} if strict else _beside(optimizer.state)) | _copied(saved_beside, _array)
+    beside = ({} if strict else _beside(optimizer.state)) | copied(saved_beside, _array)
     before = [dict(group) for group in optimizer.param_groups], dict(optimizer.state)
     try:
         _set(optimizer, groups, state | beside)
@@ -246,7 +244,7 @@ def _found(groups: Sequence[Any], saved_groups: Sequence[Any]) -> tuple[list[Seq
 def _entries(optimizer: "Optimizer", box: Parameter, saved: Mapping[str, Any], shapes: Any) -> dict[str, Any]:
     """The state of one parameter, as arrays of the saved dtype."""
     if shapes is None:  # an optimizer with a step of its own may keep anything
-        return optimizer._checked(box, _copied(dict(saved), functools.partial(_array, box=box)))
+        return optimizer._checked(box, copied(dict(saved), functools.partial(_array, box=box)))
     of_parameter = f"loaded state of parameter {str(box)!r}"
     counts, expected = optimizer._rule().counts_steps, shapes(box)
     entries: dict[str, Any] = {}
@@ -318,13 +316,13 @@ def _kind(dtype: Any) -> Any:
 
 def _array(value: Any, box: Parameter | None = None) -> Any:
     """A JAX array in place of one of PyTorch or NumPy, whose own dtype JAX keeps; anything else as it is."""
-    value = _own(from_tensor(value))
+    value = from_tensor(value)
     if isinstance(value, np.ndarray):
         try:
             array = jnp.array(value)
         except TypeError:  # of strings, objects, ...
-            return value
-        value = array if array.dtype == value.dtype else value
+            return _own(value)
+        value = array if array.dtype == value.dtype else _own(value)
     return _placed(value, box) if isinstance(value, jax.Array) and box is not None else value
 
 
@@ -336,31 +334,31 @@ def _placed(array: jax.Array, box: Parameter) -> jax.Array:
     return array
 
 
-def _copied(value: Any, leaf: Callable[[Any], Any]) -> Any:
-    """A copy of nested containers, with ``leaf`` of what they hold."""
-    if isinstance(value, Mapping):
-        twin = copy.copy(value) if isinstance(value, dict) else dict(value)
-        for key in twin:
-            twin[key] = _copied(twin[key], leaf)
-        return twin
-    if isinstance(value, tuple):
-        items = [_copied(item, leaf) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    if isinstance(value, MutableSequence):
-        twin = copy.copy(value)
-        for index, item in enumerate(value):
-            twin[index] = _copied(item, leaf)
-        return twin
-    return copy.copy(value) if isinstance(value, Set) else leaf(value)
-
-
 def _own(value: Any) -> Any:
     return value.copy() if isinstance(value, np.ndarray) else value
 
 
+def copied(value: Any, leaf: Callable[[Any], Any] = _own) -> Any:
+    """A copy of nested containers, with ``leaf`` of what they hold; it shares nothing that can be edited in place."""
+    if isinstance(value, Mapping):
+        twin = copy.copy(value) if isinstance(value, dict) else dict(value)
+        for key in twin:
+            twin[key] = copied(twin[key], leaf)
+        return twin
+    if isinstance(value, tuple):
+        items = [copied(item, leaf) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, MutableSequence):
+        twin = copy.copy(value)
+        for index, item in enumerate(value):
+            twin[index] = copied(item, leaf)
+        return twin
+    return copy.copy(value) if isinstance(value, Set) else leaf(value)
+
+
 def plain(value: Any, default: Any = None) -> Any:
     """Undo what checkpointers and other frameworks do to plain Python values in groups; shares nothing that changes."""
-    value = _copied(value, _plain_leaf)
+    value = copied(value, _plain_leaf)
     return tuple(value) if isinstance(default, tuple) and isinstance(value, list) else value
 
 

@@ -44,7 +44,7 @@ def boxes_loss(params: Any, x: Any, y: Any) -> Any:
 
 
 class Own(optim.Optimizer):
-    """A step in plain Python, with state in a list that it changes."""
+    """A step in plain Python, with state in a list and an array that it changes."""
 
     def __init__(self, params: Any, lr: float = 0.1):
         super().__init__(params, {"lr": lr})
@@ -56,6 +56,7 @@ class Own(optim.Optimizer):
         for group in self.param_groups:
             for box in group["params"]:
                 self.state[box].setdefault("seen", []).append(group["lr"])
+                self.state[box].setdefault("count", np.zeros(1))[...] += 1
                 box.value = box.value - group["lr"] * box.grad
         return loss
 

@@ -1,6 +1,5 @@
 """What all schedulers share: taking steps, writing groups, resuming."""
 
-import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optimjax.optimizer import Optimizer
-from optimjax.state_dict import plain
+from optimjax.state_dict import copied, plain
 
 __all__ = [
     "LRScheduler",
@@ -110,7 +109,7 @@ class LRScheduler:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the optimizer, as plain Python values where the learning rates are."""
-        return {name: _copied(value) for name, value in vars(self).items() if name != "optimizer"}
+        return copied({name: value for name, value in vars(self).items() if name != "optimizer"})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned, of this library or of PyTorch.
@@ -122,7 +121,7 @@ class LRScheduler:
             self._load(state_dict)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        vars(self).update({name: plain(_copied(value)) for name, value in state_dict.items()})
+        vars(self).update({name: plain(value) for name, value in state_dict.items()})
         optimizer = self.optimizer
         for group, built, rate in zip(optimizer.param_groups, optimizer._built, self._last_lr, strict=False):
             for name, (before, after) in built.items():
@@ -319,11 +318,6 @@ def building(optimizer: Any) -> Iterator[None]:
 def attributes_of(function: Any) -> dict[str, Any] | None:
     """What is saved of a callable: the attributes of an object, nothing of a function, jitted or not."""
     return None if function is None or hasattr(function, "__qualname__") else dict(vars(function))
-
-
-def _copied(value: Any) -> Any:
-    """A state dict and a scheduler must not share what either may change."""
-    return copy.copy(value) if isinstance(value, (list, dict)) else value
 
 
 def _is_number(value: Any) -> bool:

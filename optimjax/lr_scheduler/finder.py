@@ -4,11 +4,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from optimjax.lr_scheduler.base import write
 from optimjax.optimizer import Optimizer
+from optimjax.state_dict import copied
 
 __all__ = ["find_lr"]
 
@@ -100,9 +100,7 @@ class _Before:
         self._boxes = [(box, box.value, box.grad) for box in optimizer._parameters()]
         # Containers are copied: an optimizer with a step of its own may keep lists, and change them.
         self._state = {
-            key: (entry, jax.tree.map(lambda x: x, dict(entry)))
-            for key, entry in optimizer.state.items()
-            if isinstance(entry, MutableMapping)
+            key: (entry, copied(entry)) for key, entry in optimizer.state.items() if isinstance(entry, MutableMapping)
         }
         self._variables: dict[int, tuple[Any, Any]] = {}
 
