@@ -200,13 +200,14 @@ def _checked_leaves(tree: Any, is_leaf: Callable[[Any], bool]) -> tuple[list[tup
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, lambda x: is_leaf(x) or isinstance(x, OPAQUE))
     for path, leaf in leaves:
-        name = dotted(path) or "params"
         if hasattr(leaf, "is_floating_point") and (leaf.is_floating_point() or leaf.is_complex()):
+            name = dotted(path) or "params"
             raise TypeError(
                 f"parameter {name!r} is a PyTorch tensor, which would not be trained: convert it, for example with "
                 "jnp.asarray(tensor.detach().numpy())"
             )
         if isinstance(leaf, OPAQUE) or (isinstance(leaf, Set) and any(map(_is_parameter, leaf))):
+            name = dotted(path) or "params"
             raise TypeError(
                 f"{name!r} is a {type(leaf).__name__}, and what is in it would not be trained: give the modules or "
                 "arrays themselves, or nothing but parameters, as in [*optim.parameters(a), *optim.parameters(b)]"
@@ -292,13 +293,14 @@ def source_of(params: Any) -> Source:
             return BoxSource(boxes)
     if holds_nnx(params):
         return ModuleSource(params)
-    leaves, _ = _checked_leaves(params, lambda x: isinstance(x, Parameter))
-    if any(isinstance(leaf, Parameter) for _, leaf in leaves):
+    source = TreeSource(params)
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Parameter))
+    if any(isinstance(leaf, Parameter) for leaf in leaves):
         raise TypeError(
             "Parameters must come as an iterable of Parameter or of (name, Parameter), "
             f"not inside a {type(params).__name__}; a dict of them can be given as its .items()"
         )
-    return TreeSource(params)
+    return source
 
 
 def is_single(params: Any) -> bool:
