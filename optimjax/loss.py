@@ -13,7 +13,7 @@ import itertools
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -122,17 +122,19 @@ class Call:
     traced: list[Any] = field(default_factory=list)
 
     def filled(self, leaves: Sequence[Any]) -> "Call":
-        """With the present arrays; ``leaves`` are those of the arguments."""
-        self.differentiated = [box.value for box in self.boxes]
-        self.traced = []
+        """With the present arrays; ``leaves`` are those of the arguments.
+
+        Another call, for this one is remembered: parameters that are replaced, and batches, must not be held by it.
+        """
+        traced = []
         for origin in self.origins:
             if isinstance(origin, int):
-                self.traced.append(from_tensor(value_of(leaves[origin])))
+                traced.append(from_tensor(value_of(leaves[origin])))
             elif isinstance(origin, jax.Array):
-                self.traced.append(origin)
+                traced.append(origin)
             else:
-                self.traced.extend(jax.tree.leaves(origin.get_value()))
-        return self
+                traced.extend(jax.tree.leaves(origin.get_value()))
+        return replace(self, differentiated=[box.value for box in self.boxes], traced=traced)
 
     def write_back(self, changed: Sequence[Array], written: Mapping[int, Array] = {}) -> None:
         """Write what the call changed into the modules, and into parameters."""

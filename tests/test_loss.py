@@ -1,7 +1,9 @@
 """`backward` and `step(loss_fn)`: what is differentiated, what is compiled, what the loss changes in a module."""
 
 import dataclasses
+import gc
 import inspect
+import weakref
 from typing import Any
 
 import jax
@@ -614,6 +616,20 @@ def test_the_signatures_of_losses_in_turn_are_looked_at_once(form: str, monkeypa
     with pytest.raises(TypeError, match=r"cannot be: too many .* leave it out"):
         getattr(optimizer, form)(losses[0], 1.0)
     assert losses[0] in looked_at
+
+
+@pytest.mark.parametrize("form", ["backward", "step"])
+def test_what_is_remembered_of_a_call_holds_no_arrays(form: str) -> None:
+    """Old parameters and the last batch would take memory while the model is evaluated."""
+    optimizer = optim.SGD({"w": jnp.ones(3)}, lr=0.1)
+    batch = jnp.ones(3)
+    held = [weakref.ref(optimizer.params["w"]), weakref.ref(batch)]
+    getattr(optimizer, form)(lambda params, x: jnp.sum(params["w"] * x), batch)
+    if form == "backward":
+        optimizer.step()
+    del batch
+    gc.collect()
+    assert [reference() for reference in held] == [None, None]
 
 
 def test_a_plain_flag_is_compiled_in() -> None:
