@@ -580,10 +580,14 @@ class Optimizer:
             return None
         hyper, flags = self._resolve(group, where)
 
+        @functools.cache  # tracing is slow, and many parameters are alike
+        def slots(shape: tuple[int, ...], dtype: Any) -> dict[str, Any]:
+            param = jax.ShapeDtypeStruct(shape, dtype)
+            return jax.eval_shape(lambda param: rule.init(param, hyper, flags), param)._asdict()
+
         def shapes(box: Parameter) -> dict[str, Any]:
             check_param(rule, box.value, flags, box.__str__)
-            slots = jax.eval_shape(lambda value: rule.init(value, hyper, flags), box.value)
-            return slots._asdict()
+            return slots(box.shape, box.dtype)
 
         return shapes
 
