@@ -14,7 +14,7 @@ from jax import Array
 from optimjax.optimizer import Optimizer
 from optimjax.parameter import Parameter
 from optimjax.sparse import Entries, coalesced, is_sparse, over_values
-from optimjax.tree import dotted, is_inexact_array
+from optimjax.tree import dotted, is_inexact_array, kind_of
 
 __all__ = ["clip_grad_norm", "clip_grad_norm_", "clip_grad_value", "clip_grad_value_"]
 
@@ -245,6 +245,5 @@ def _gradients(grads: Any, caller: str) -> list[Any]:
                 f"{name!r} is a {type(grad).__name__}: {caller} takes trees of gradients; "
                 f"{caller}_ is for parameters and optimizers"
             )
-        kind = f"{grad.dtype} array" if isinstance(grad, (jax.Array, np.ndarray, np.generic)) else type(grad).__name__
-        raise TypeError(f"gradient {name!r} must be a floating array, got {kind}: {grad!r}")
+        raise TypeError(f"gradient {name!r} must be a floating array, got {kind_of(grad)}: {grad!r}")
     return [grad for _, grad in paths]

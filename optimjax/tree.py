@@ -17,6 +17,7 @@ __all__ = [
     "flatten_params",
     "from_tensor",
     "is_inexact_array",
+    "kind_of",
     "match",
     "names",
     "structure_error",
@@ -52,7 +53,15 @@ def names(tree: Any) -> list[str]:
 
 def is_inexact_array(leaf: Any) -> bool:
     """Whether a leaf is a real or complex floating array, of JAX or NumPy."""
-    return isinstance(leaf, (jax.Array, np.ndarray, np.generic)) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return isinstance(leaf, _ARRAYS) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def kind_of(leaf: Any) -> str:
+    """For messages: what a leaf is that is no such array."""
+    return f"{leaf.dtype} array" if isinstance(leaf, _ARRAYS) else type(leaf).__name__
+
+
+_ARRAYS = (jax.Array, np.ndarray, np.generic)
 
 
 def flatten_params(params: Any) -> tuple[list[Array], Any]:
@@ -65,9 +74,8 @@ def flatten_params(params: Any) -> tuple[list[Array], Any]:
     if not all(map(is_inexact_array, leaves)):
         for name, leaf in zip(names(params), leaves, strict=True):
             if not (is_inexact_array(leaf) or isinstance(leaf, (float, complex))):
-                kind = f"{leaf.dtype} array" if hasattr(leaf, "dtype") else type(leaf).__name__
                 raise TypeError(
-                    f"parameter {name or 'params'!r} is a {kind}: only real or complex floating arrays can be "
+                    f"parameter {name or 'params'!r} is a {kind_of(leaf)}: only real or complex floating arrays can be "
                     "optimized; split the other leaves off first, for example with jax.tree.map and None"
                 )
     return [jnp.asarray(leaf) for leaf in leaves], treedef
