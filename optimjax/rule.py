@@ -23,6 +23,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from optimjax.numerics import bias_correction, sqrt
 from optimjax.sparse import Entries, is_sparse
 from optimjax.variable import nnx
 
@@ -350,33 +351,6 @@ def _kind_of(default: Any) -> Kind:
     if default is inspect.Parameter.empty or (_is_number(default) and not isinstance(default, bool)):
         return Numeric()
     return Structural(true_or_false if isinstance(default, bool) else None)
-
-
-# --- Arithmetic shared by the rules ---------------------------------------------------------------------------------
-
-
-def bias_correction(beta: Any, step: Any) -> Any:
-    """``1 - beta**step``, exact to rounding for Python numbers and for traced ones.
-
-    For float32 arrays the plain form cancels (``1 - 0.999`` keeps four digits), so it is taken from the logarithm.
-    """
-    if isinstance(beta, float) and isinstance(step, int):
-        return 1 - beta**step
-    log = math.log(beta) if isinstance(beta, (int, float)) and beta > 0 else jnp.log(beta)
-    return -jnp.expm1(step * log)
-
-
-@jax.custom_jvp
-def sqrt(x: Array) -> Array:
-    """Square root whose derivative at zero is zero, not infinite: a zero gradient must not turn into NaN."""
-    return jnp.sqrt(x)
-
-
-@sqrt.defjvp
-def _sqrt_jvp(primals, tangents):
-    (x,), (t,) = primals, tangents
-    root = sqrt(x)
-    return root, jnp.where(x > 0, t / jnp.where(x > 0, 2 * root, 1), 0)
 
 
 def initial_slots(rule: Rule, param: Array, hyper: Any, flags: Any) -> Any:
