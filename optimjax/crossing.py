@@ -1,5 +1,6 @@
 """From the facade to the functional core and back: the same algorithm, parameters and state, in the other form."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -61,31 +62,50 @@ def functional_state(optimizer: "Optimizer") -> tuple[Any, Any]:
 
     def filled(field: str, initial: Any) -> Any:
         pairs = optimizer._pair(initial)
-        return optimizer._arranged({box: entries[box].get(field, slot) for box, slot in pairs if box in entries})
+        present = {box: entries[box].get(field) for box in entries}
+        return optimizer._arranged(
+            {box: slot if present[box] is None else present[box] for box, slot in pairs if box in entries}
+        )
 
     slots = {field: filled(field, getattr(state, field)) for field in state._fields if field != "step"}
-    return params, state._replace(step=jnp.asarray(max(counts, default=0), jnp.int32), **slots)
+    count = max(counts, default=0)
+    if count > jnp.iinfo(jnp.int32).max:
+        raise ValueError(f"{count} updates were done, more than the functional state can count (int32)")
+    return params, state._replace(step=jnp.full_like(state.step, count), **slots)
 
 
 def load_functional_state(optimizer: "Optimizer", params: Any, state: Any) -> None:
     """See :meth:`optimjax.Optimizer.load_functional_state`."""
     rule, fields = _rule_of(optimizer), _fields(optimizer)
     present = optimizer._arranged({box: box.value for box in fields})
-    _check_like((params, state), (present, jax.eval_shape(algorithm_of(optimizer).init, present)))
+    expected = jax.eval_shape(algorithm_of(optimizer).init, present)
+    _check_like((params, state), (present, expected), _kept_dtypes(optimizer, fields, expected))
     values = dict(optimizer._pair(params))
     columns = {field: dict(optimizer._pair(getattr(state, field))) for field in state._fields if field != "step"}
     step = int(state.step)
     count = {"step": step} if rule.counts_steps else {}
-    updated = {
-        box: count | {field: jnp.asarray(columns[field][box]) for field in active} for box, active in fields.items()
-    }
-    # Nothing can fail from here on.
-    for box, entries in updated.items():
-        box.write(jnp.asarray(values[box]))
-        optimizer.state.pop(box, None)
-        if entries and (step or rule.eager):
-            optimizer.state[box] = ParameterState(entries)
+    slots = {"step", *rule.slots._fields}
+    written, states = dict(optimizer.state), {}
+    for box, active in fields.items():
+        own = {name: value for name, value in dict(optimizer.state.get(box, {})).items() if name not in slots}
+        entries = count | {field: jax.tree.map(jnp.asarray, columns[field][box]) for field in active}
+        states[box] = ParameterState(own | (entries if step or rule.eager else {}))
+        written.pop(box, None)
+    written |= {box: entries for box, entries in states.items() if entries}
+    before = {box: box.value for box in fields}, dict(optimizer.state)
+    try:
+        _set(optimizer, {box: jnp.asarray(values[box]) for box in fields}, written)
+    except BaseException:  # an interrupt
+        _set(optimizer, *before)
+        raise
     optimizer._step_called |= step > 0  # outside: a scheduler need not warn that it is stepped first
+
+
+def _set(optimizer: "Optimizer", values: dict[Parameter, Any], state: dict[Any, Any]) -> None:
+    for box, value in values.items():
+        box._write(value)
+    optimizer.state.clear()
+    optimizer.state.update(state)
 
 
 def _fields(optimizer: "Optimizer") -> dict[Parameter, tuple[str, ...]]:
@@ -109,15 +129,25 @@ def _rule_of(optimizer: "Optimizer") -> Rule:
     return optimizer.rule
 
 
-def _check_like(given: Any, expected: Any) -> None:
+def _kept_dtypes(optimizer: "Optimizer", fields: Iterable[Parameter], expected: Any) -> dict[str, set[Any]]:
+    """The dtypes of slots that were loaded in another one than a new state has: by name, as in messages."""
+    kept: dict[str, set[Any]] = {}
+    for field in expected._fields[1:]:
+        present = {box: dict(optimizer.state.get(box, {})).get(field) for box in fields}
+        leaves = jax.tree_util.tree_flatten_with_path({"state": {field: optimizer._arranged(present)}})[0]
+        kept.update({dotted(path): {jnp.result_type(leaf)} for path, leaf in leaves})
+    return kept
+
+
+def _check_like(given: Any, expected: Any, kept: dict[str, set[Any]]) -> None:
     """Raise where parameters and state have not the structure, shapes and dtypes of the optimizer's own."""
     ours, treedef = jax.tree_util.tree_flatten_with_path(dict(zip(("params", "state"), expected, strict=True)))
     leaves, structure = jax.tree.flatten(dict(zip(("params", "state"), given, strict=True)))
     if structure != treedef:
         raise ValueError(f"parameters and state must have the structure {treedef}, got {structure}")
     for (path, own), leaf in zip(ours, leaves, strict=True):
-        kind = (np.shape(leaf), jnp.result_type(leaf))
-        if kind != (own.shape, own.dtype):
+        name, shape, dtype = dotted(path), np.shape(leaf), jnp.result_type(leaf)
+        if shape != own.shape or dtype not in {own.dtype, *kept.get(name, ())}:
             raise ValueError(
-                f"{dotted(path)!r} has shape and dtype {kind}, the optimizer's has {(own.shape, own.dtype)}"
+                f"{name!r} has shape and dtype {(shape, dtype)}, the optimizer's has {(own.shape, own.dtype)}"
             )

@@ -11,9 +11,10 @@ import functools
 import inspect
 import itertools
 import warnings
-from collections import defaultdict
+import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import jax
@@ -21,27 +22,50 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from optimjax.handover import Program
+from optimjax.interned import interned
 from optimjax.parameter import Parameter, value_of
-from optimjax.step import Donating, Updates, update_each
+from optimjax.placement import pin, pinned
+from optimjax.step import Updates, update_each
 from optimjax.tree import dotted, from_tensor
 from optimjax.variable import VariableParameter, is_nnx, nnx
 
-__all__ = ["Call", "Capture", "update_from_loss", "value_and_grad"]
+__all__ = [
+    "Capture",
+    "Cut",
+    "LossCall",
+    "LossFunction",
+    "LossFunctions",
+    "own_memory",
+    "takes_no_arguments",
+    "update_from_loss",
+    "value_and_grad",
+]
 
-ANEW = 8  # loss functions made anew, after which a warning comes
+REMADE = 8  # copies of one loss function, after which a warning comes
+HELD = 64  # loss functions that compare by value, which an optimizer keeps
 
 Role = tuple[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """The static description of a call: from it and the arrays, a compiled function puts the arguments together."""
+    """The static description of a call: from it and the arrays, a compiled function puts the arguments together.
+
+    Equal ones are one object, see :func:`optimjax.interned.interned`.
+    """
 
     treedef: Any  # of the arguments, with modules and boxes as leaves
     leaves: tuple[Role, ...]  # for each leaf its role and index ("static": the leaf itself; "node": a module)
     graphdef: Any  # of all modules among the arguments together, so that what they share stays shared
     state_treedef: Any
     state_roles: tuple[Role, ...]  # for each array of the modules
+    types: tuple[type, ...]  # of the static leaves, because 1 == True == 1.0
+    pins: tuple[Any, ...] = ()  # where the modules' arrays must stay, see :func:`optimjax.placement.pin`
+
+    def pinned(self, pins: tuple[Any, ...]) -> "Cut":
+        """The same with these pins."""
+        return interned(Cut, *[getattr(self, name.name) for name in fields(self)[:-1]], pins)
 
     def arguments(self, differentiated: Sequence[Array], traced: Sequence[Array]) -> tuple[tuple[Any, ...], Any]:
         """The arguments made of these arrays, and the modules among them."""
@@ -77,23 +101,8 @@ class Cut:
             for path, leaf, role, index in roles
             if role == "differentiated"
         }
-        return params, [leaf for _, leaf, role, _ in roles if role == "traced"]
-
-    # A static argument is hashed and compared at every call, and a module's graphdef is slow in both.
-    @functools.cached_property
-    def _fields(self) -> tuple[Any, ...]:
-        types = tuple(type(what) for role, what in self.leaves if role == "static")  # 1 == True == 1.0
-        return self.treedef, self.leaves, types, self.graphdef, self.state_treedef, self.state_roles
-
-    @functools.cached_property
-    def _hash(self) -> int:
-        return hash(self._fields)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Cut) and self._fields == other._fields)
+        changed = [leaf for _, leaf, role, _ in roles if role == "traced"]
+        return params, pinned(changed, list(self.pins) or [None] * len(changed))
 
 
 def _left(path: Any, new: Any, old: Array) -> Array:
@@ -111,7 +120,7 @@ def _left(path: Any, new: Any, old: Array) -> Array:
 
 
 @dataclass
-class Call:
+class LossCall:
     """A call of a loss function, cut."""
 
     cut: Cut
@@ -121,29 +130,171 @@ class Call:
     differentiated: list[Array] = field(default_factory=list)
     traced: list[Any] = field(default_factory=list)
 
-    def filled(self, leaves: Sequence[Any]) -> "Call":
+    def filled(self, leaves: Sequence[Any]) -> "LossCall":
         """With the present arrays; ``leaves`` are those of the arguments.
 
-        Another call, for this one is remembered: parameters that are replaced, and batches, must not be held by it.
+        It is another call, because this one is remembered and must not hold batches, or parameters that are replaced.
         """
         traced = []
         for origin in self.origins:
             if isinstance(origin, int):
-                traced.append(from_tensor(value_of(leaves[origin])))
+                # The program may read memory of NumPy after the step has returned, when it is filled with other data.
+                traced.append(own_memory(from_tensor(value_of(leaves[origin]))))
             elif isinstance(origin, jax.Array):
                 traced.append(origin)
             else:
                 traced.extend(jax.tree.leaves(origin.get_value()))
-        return replace(self, differentiated=[box.value for box in self.boxes], traced=traced)
+        call = replace(self, differentiated=[box.value for box in self.boxes], traced=traced)
+        if jax.device_count() > 1:
+            pins = tuple(pin(traced[index]) for role, index in self.cut.state_roles if role == "traced")
+            if pins != self.cut.pins:
+                call.cut = self.cut = self.cut.pinned(pins)
+        return call
 
     def write_back(self, changed: Sequence[Array], written: Mapping[int, Array] = {}) -> None:
         """Write what the call changed into the modules, and into parameters."""
         for index, value in written.items():
-            self.boxes[index].write(value)
+            self.boxes[index]._write(value)
         values = iter(changed)
         for variable in self.variables:
             leaves, treedef = jax.tree.flatten(variable.get_value())
             variable.set_value(treedef.unflatten([next(values) for _ in leaves]))
+
+
+class LossFunction:
+    """A loss function with the programs that it is compiled into.
+
+    They refer to it weakly. So what it closes over is freed as soon as the user drops it, compiled constants included.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        try:
+            self.function: Callable[[], Any] = weakref.ref(function)
+        except TypeError:  # an object with slots
+            self.function = lambda: function
+        self._programs: dict[Any, Program] = {}
+        self._accepts: set[tuple[int, bool]] = set()
+
+    def program(self, function: Callable[..., Any], static: int) -> Program:
+        """The program of ``function(loss_fn, *args)``, the first ``static`` of whose arguments are compiled in."""
+        if function not in self._programs:
+            loss_fn = self.function
+
+            def bound(*args: Any) -> Any:
+                return function(loss_fn(), *args)
+
+            bound.__name__ = function.__name__
+            self._programs[function] = Program(bound, static)
+        return self._programs[function]
+
+    def check(self, count: int, given_first: bool) -> None:
+        """Whether it takes so many arguments, before JAX's tracebacks are around the error.
+
+        Raises:
+          TypeError: it takes others.
+        """
+        if (count, given_first) in self._accepts:  # looking at a signature is slow
+            return
+        function = self.function()
+        try:
+            inspect.signature(function).bind(*[None] * count)
+        except TypeError as error:
+            name = getattr(function, "__name__", "loss_fn")
+            first = "optimizer.params, " * given_first
+            advice = (
+                "the optimizer passes the model or the tree that it was made from, so leave it out"
+                if given_first
+                else "an optimizer made from parameters of a module passes nothing, so give the module"
+            )
+            if given_first and takes_no_arguments(function):
+                advice = f"it must take what the optimizer was made from, as in def {name}(model)"
+            raise TypeError(
+                f"{name} is called as {name}({first}*args) and cannot be: {error}; {advice}. "
+                "Arguments are passed by position"
+            ) from None
+        except ValueError:  # some functions have no signature
+            pass
+        self._accepts.add((count, given_first))
+
+
+_known: "weakref.WeakKeyDictionary[Any, LossFunction]" = weakref.WeakKeyDictionary()  # shared by all optimizers
+
+
+class LossFunctions:
+    """The loss functions that an optimizer has been given.
+
+    Those that compare by value, such as bound methods, may come as another object each time: they are kept here.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[Any, LossFunction] = {}
+        self._copies: Counter[Any] = Counter()  # by code
+
+    def __call__(self, function: Callable[..., Any]) -> LossFunction:
+        """The loss function of this callable.
+
+        Raises:
+          TypeError: it has no hash.
+        """
+        try:
+            found = _known.get(function)
+        except TypeError:  # no weak references, or no hash
+            try:
+                found = self._held.get(function)
+            except TypeError as error:
+                raise TypeError(
+                    "what is compiled for a loss function is remembered by its hash, and this "
+                    f"{type(function).__name__} has none ({error}): give a plain function, and what it reads among args"
+                ) from None
+        if found is None:
+            found = LossFunction(function)
+            if isinstance(found.function, weakref.ref):
+                _known[function] = found
+            self._warn_of_copies(function)
+        by_value = type(function).__eq__ is not object.__eq__ or not isinstance(found.function, weakref.ref)
+        if by_value and function not in self._held:
+            self._held[found.function()] = found
+            if len(self._held) > HELD:
+                del self._held[next(iter(self._held))]
+        return found
+
+    def knows(self, function: Any) -> bool:
+        """Whether it has been taken for a loss function before."""
+        try:
+            return function in _known or function in self._held
+        except TypeError:
+            return False
+
+    def _warn_of_copies(self, function: Any) -> None:
+        while isinstance(function, functools.partial):
+            function = function.func
+        function = getattr(function, "__wrapped__", function)  # of a jitted one
+        code = getattr(function, "__code__", None)
+        self._copies[code] += code is not None
+        if self._copies[code] == REMADE:
+            warnings.warn(
+                f"{REMADE} copies of the loss function {getattr(function, '__name__', '')!r} have been given, and each "
+                "is compiled by itself and kept, with what it closes over, as long as anyone holds it: define the "
+                "function once, outside of the loop, and give it as arguments what changes",
+                stacklevel=5,
+            )
+
+    def __reduce__(self) -> Any:
+        return LossFunctions, ()
+
+
+def takes_no_arguments(function: Callable[..., Any]) -> bool:
+    """Whether a callable can be called without arguments, and not with one."""
+    try:
+        signature = inspect.signature(function)
+        signature.bind()
+    except (TypeError, ValueError):
+        return False
+    try:
+        signature.bind(None)
+    except TypeError:
+        return True
+    return False
 
 
 class Capture:
@@ -152,33 +303,8 @@ class Capture:
     def __init__(self) -> None:
         self._key: Any = None
         self._call: Any = None
-        self._functions: defaultdict[Any, set[Any]] = defaultdict(set)  # loss functions by their code
 
-    def check(self, loss_fn: Callable[..., Any], arguments: tuple[Any, ...], given_first: bool) -> None:
-        """Whether the loss function takes these arguments, before JAX's tracebacks are around the error.
-
-        Raises:
-          TypeError: it takes others.
-        """
-        try:
-            hash(loss_fn)
-        except TypeError as error:
-            raise TypeError(
-                "what is compiled for a loss function is remembered by its hash, and this "
-                f"{type(loss_fn).__name__} has none ({error}): give a plain function, and what it reads among args"
-            ) from None
-        _check_signature(loss_fn, len(arguments), given_first)
-        alike = self._functions[getattr(loss_fn, "__code__", None)]  # of which a partial or a jitted function has none
-        if hasattr(loss_fn, "__code__") and loss_fn not in alike and len(alike) < ANEW:
-            alike.add(loss_fn)
-            if len(alike) == ANEW:
-                warnings.warn(
-                    f"{ANEW} loss functions of the same code have been given, and each is compiled for itself: define "
-                    "the function once, outside of the loop, and give it as arguments what changes",
-                    stacklevel=4,
-                )
-
-    def __call__(self, arguments: tuple[Any, ...], boxes: Sequence[Parameter], given_first: bool = False) -> Call:
+    def __call__(self, arguments: tuple[Any, ...], boxes: Sequence[Parameter], given_first: bool = False) -> LossCall:
         """Cut; ``boxes`` are to be differentiated where they occur, unless they have ``requires_grad=False``.
 
         Where the first argument is what the optimizer was made from (``given_first``), its plain numbers are static:
@@ -188,31 +314,21 @@ class Capture:
         fixed = treedef.children()[0].num_leaves if given_first else 0
         kinds = [_kind(leaf, position < fixed) for position, leaf in enumerate(leaves)]
         nodes = [leaf for leaf, (role, _) in zip(leaves, kinds, strict=True) if role == "node"]
-        key = (treedef, kinds, [id(box) for box in boxes if box.requires_grad], _structure(nodes))
+        types = [type(what) for role, what in kinds if role == "static"]
+        key = (treedef, kinds, types, [id(box) for box in boxes if box.requires_grad], _structure(nodes))
         if self._key is None or key[-1] is None or key != self._key:
-            self._key = key
+            self._key = None  # for an interrupt between the two
             self._call = _cut(leaves, treedef, kinds, nodes, [box for box in boxes if box.requires_grad])
+            self._key = key
         return self._call.filled(leaves)
 
     def __reduce__(self) -> Any:
         return Capture, ()  # what is remembered goes by identity
 
 
-@functools.lru_cache(maxsize=64)  # looking at a signature is slow, and a loop may have several losses
-def _check_signature(loss_fn: Callable[..., Any], count: int, given_first: bool) -> None:
-    try:
-        inspect.signature(loss_fn).bind(*[None] * count)
-    except TypeError as error:
-        name = getattr(loss_fn, "__name__", "loss_fn")
-        first = "optimizer.params, " * given_first
-        advice = (
-            "the optimizer passes the model or the tree that it was made from, so leave it out"
-            if given_first
-            else "an optimizer made from boxes of a module passes nothing, so give the module"
-        )
-        raise TypeError(f"{name} is called as {name}({first}*args) and cannot be: {error}; {advice}") from None
-    except ValueError:  # some functions have no signature
-        pass
+def own_memory(x: Any) -> Any:
+    """The array; one of NumPy, which may be written to, as a copy."""
+    return x.copy() if isinstance(x, np.ndarray) else x
 
 
 def _kind(leaf: Any, fixed: bool) -> Role:
@@ -244,10 +360,10 @@ def _structure(nodes: Sequence[Any]) -> Any:
     return treedef, list(map(id, leaves)), [jax.tree.structure(leaf) for leaf in leaves]
 
 
-def _cut(leaves: list[Any], treedef: Any, kinds: list[Role], nodes: list[Any], boxes: list[Parameter]) -> Call:
+def _cut(leaves: list[Any], treedef: Any, kinds: list[Role], nodes: list[Any], boxes: list[Parameter]) -> LossCall:
     wanted = {id(_identity(box)): box for box in boxes}
     found: dict[int, int] = {}  # boxes by what they are bound to
-    call = Call(None, [], [], [])  # pyright: ignore[reportArgumentType]
+    call = LossCall(None, [], [], [])  # pyright: ignore[reportArgumentType]
     count = itertools.count()
 
     def differentiate(key: int) -> Role:
@@ -282,7 +398,8 @@ def _cut(leaves: list[Any], treedef: Any, kinds: list[Role], nodes: list[Any], b
                 state_roles += [("traced", next(count)) for _ in jax.tree.leaves(variable.get_value())]
             else:
                 state_roles.append(("constant", next(count)))
-    call.cut = Cut(treedef, tuple(roles), graphdef, state_treedef, tuple(state_roles))
+    types = tuple(type(what) for role, what in roles if role == "static")
+    call.cut = interned(Cut, treedef, tuple(roles), graphdef, state_treedef, tuple(state_roles), types)
     return call
 
 
@@ -317,29 +434,24 @@ def _evaluate(loss_fn: Callable[..., Any], cut: Cut, has_aux: bool, differentiat
     return loss, aux, changed, written, grads
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "cut", "has_aux"))
 def value_and_grad(
     loss_fn: Callable[..., Any], cut: Cut, has_aux: bool, differentiated: Any, traced: Any, accumulated: Any
 ) -> Any:
-    """``(loss, aux, changed, written, gradients)``: see :meth:`Call.write_back`.
+    """``(loss, aux, changed, written, gradients)``: see :meth:`LossCall.write_back`.
 
     The gradients are added to those accumulated so far (``None``: none yet). ``written`` has those parameters only that
     the loss writes into, which tracing tells: where there are none, it costs nothing.
     """
     loss, aux, changed, written, grads = _evaluate(loss_fn, cut, has_aux, differentiated, traced)
-    total = [grad if old is None else old + grad for grad, old in zip(grads, accumulated, strict=True)]
+    with jax.numpy_dtype_promotion("standard"):  # a gradient that the user has set may be of another precision
+        total = [grad if old is None else old + grad for grad, old in zip(grads, accumulated, strict=True)]
     return loss, aux, changed, written, total
 
 
-def _update_from_loss(
+def update_from_loss(
     loss_fn: Callable[..., Any], cut: Cut, updates: Updates, slots: Any, differentiated: Any, traced: Any, rows: Any
 ) -> Any:
     """Value, gradient and update in one program: ``(slots, parameters, loss, changed)``, as :func:`update_each`."""
     loss, _, changed, written, grads = _evaluate(loss_fn, cut, False, differentiated, traced)
     params = [written.get(index, param) for index, param in enumerate(differentiated)]
     return *update_each(updates, slots, params, grads, rows), loss, changed
-
-
-_STATIC = ["loss_fn", "cut", "updates"]
-update_from_loss = Donating(_update_from_loss, _STATIC, ["slots"])
-update_from_loss_in_place = Donating(_update_from_loss, _STATIC, ["slots", "differentiated"])

@@ -5,45 +5,55 @@ alone: step counts and group values are turned into scalars on the host, in doub
 array.
 """
 
+import copy
+import difflib
 import functools
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from optimjax import notebook
 from optimjax import state_dict as _state_dict
 from optimjax.crossing import algorithm_of, functional_state, load_functional_state
 from optimjax.grouping import ParameterGroups
+from optimjax.handover import Call, Handover, Launch, is_top_level, kinds, trace_state
 from optimjax.hooks import Hooks, RemovableHandle, global_hooks
-from optimjax.lift import Algorithm, active_fields, check_layout, check_param, lift
-from optimjax.loss import Call, Capture, update_from_loss, update_from_loss_in_place, value_and_grad
+from optimjax.lift import Algorithm, check_layout, check_param, lift
+from optimjax.loss import (
+    Capture,
+    LossCall,
+    LossFunction,
+    LossFunctions,
+    own_memory,
+    takes_no_arguments,
+    update_from_loss,
+    value_and_grad,
+)
 from optimjax.parameter import Parameter
 from optimjax.rule import Hyperparameters, Rule, initial_slots
-from optimjax.source import BoxSource, ModuleSource, Source, is_single, source_of
+from optimjax.source import BoxSource, ModuleSource, Source, is_single, not_parameters, source_of
 from optimjax.sparse import zeros_like
-from optimjax.state_dict import IncompatibleKeys
+from optimjax.state_dict import IncompatibleKeys, as_count, read_slot
 from optimjax.step import (
     Bucket,
     Member,
     ParameterState,
+    Place,
     Plan,
     bounded_layout,
     concrete,
+    distinct,
     entries,
     layout,
+    slot_types,
     update_bucket,
-    update_bucket_in_place,
 )
-from optimjax.tree import check_gradient
-
-try:
-    from jax.extend.core import get_opaque_trace_state
-except ImportError:  # before JAX 0.9
-    from jax.core import get_opaque_trace_state  # pyright: ignore[reportAttributeAccessIssue]
+from optimjax.tree import check_gradient, copied_array, from_tensor
 
 __all__ = [
     "Optimizer",
@@ -117,10 +127,12 @@ class Optimizer:
         self._plan: Plan | None = None
         self._patterns: list[tuple[Any, list[list[int]]]] = []
         self._cut = Capture()
-        self._trace = get_opaque_trace_state()
+        self._losses = LossFunctions()
+        self._trace = trace_state()
+        self._handover = Handover(traced=not is_top_level(self._trace))
 
     def __init__(self, params: Any, defaults: dict[str, Any]):
-        self.defaults = defaults
+        self.defaults = defaults = {name: _without_tensors(value) for name, value in defaults.items()}
         if params is _DEFAULTS_ONLY:
             return
         self.state: defaultdict[Any, ParameterState] = defaultdict(ParameterState)
@@ -132,8 +144,9 @@ class Optimizer:
                 "params argument given to the optimizer should be an iterable of Parameters or dicts, "
                 f"but got a single {params!r}: put it in a list"
             )
-        if isinstance(params, Iterator):  # of boxes, or of groups
+        if isinstance(params, Iterator):  # of parameters, or of groups
             params = list(params)
+        self._check_not_options(params)
         groups = params if _is_list_of_groups(params) else None
         whole = isinstance(params, ParameterGroups)
         self._grouped = groups is not None and not whole
@@ -181,24 +194,59 @@ class Optimizer:
         given = param_group["params"]
         source = source_of([given] if is_single(given) else given)
         if not source.parameters and (given is None or jax.tree_util.all_leaves([given])):
-            raise TypeError(f"params{where} must hold parameters, got {type(given).__name__}: {given!r}")
-        group: dict[str, Any] = {**self.defaults, **param_group, "params": list(source.parameters)}
-        # A group without parameters, which has neither names nor lacks them, is as those before it.
-        named = [other for other in self.param_groups if "param_names" in other]
-        if source.names is not None if source.parameters else named:
-            group["param_names"] = list(source.names or ())
-        for name in param_group.keys() - self.hyperparameters.kinds.keys() - self.defaults.keys():
-            if name not in ("params", "param_names", "name") and not name.startswith("initial_"):
-                raise TypeError(
-                    f"unknown option {name!r}{where}: {type(self).__name__} knows {sorted(self.defaults)}; an entry of "
-                    f"your own is set afterwards, optimizer.param_groups[{len(self.param_groups)}][{name!r}] = ..."
-                )
+            raise TypeError(not_parameters(f"params{where}", given))
+        options = {name: _without_tensors(value) for name, value in param_group.items()}
+        group: dict[str, Any] = {**self.defaults, **options, "params": list(source.parameters)}
+        names = self._names_of(group.pop("param_names", None), source)
+        if names is not None:
+            group["param_names"] = names
+        self._check_keys(param_group, where)
         self._check(group, where)
+        hyper, flags = self._resolve(group, where)
         if self.rule is not None:
-            flags = self.hyperparameters.flags(group)
             for box in group["params"]:
                 check_param(self.rule, box.value, flags, box.__str__)
+        self._check_apart(group, where)
 
+        before = self._sources, self._grouped
+        sources, grouped = list(self._sources), self._grouped
+        shown = {box for other in sources for box in other.parameters}
+        if not shown.issuperset(group["params"]):  # parameters of a whole, unfrozen, are already in view
+            grouped |= bool(sources) and not (source.bound and isinstance(sources[0], ModuleSource))
+            sources.append(source)
+        try:
+            if self.rule is not None and self.rule.eager:
+                for box in group["params"]:
+                    slots = initial_slots(self.rule, box.value, hyper, flags)
+                    self.state[box].update(entries(self.rule, slots, 0))
+            self._sources, self._grouped = sources, grouped
+            self.param_groups.append(group)
+        except BaseException:  # an interrupt
+            self._sources, self._grouped = before
+            self.param_groups[:] = [other for other in self.param_groups if other is not group]
+            raise
+
+    def _names_of(self, given: Any, source: Source) -> list[str] | None:
+        """The names of a new group's parameters: their own, or those that a group made elsewhere comes with."""
+        if not source.parameters:  # it neither has names nor lacks them, and is as the groups before it
+            return [] if any("param_names" in other for other in self.param_groups) else None
+        if source.names is not None:
+            return list(source.names)
+        return list(given) if given is not None and len(given) == len(source.parameters) else None
+
+    def _check_keys(self, group: Mapping[str, Any], where: str) -> None:
+        """Raise for a misspelt option; a key that resembles none is the user's own."""
+        known = self.hyperparameters.kinds.keys() | self.defaults.keys()
+        for name in group:
+            meant = None if name in known else _meant(name, known)
+            if meant is not None and name not in _all_options():
+                raise TypeError(
+                    f"unknown option {name!r}{where}: did you mean {meant!r}? {type(self).__name__} knows "
+                    f"{sorted(known)}; entries of your own need a name that does not resemble these"
+                )
+
+    def _check_apart(self, group: Mapping[str, Any], where: str) -> None:
+        """Raise where a new group and those before it do not go together."""
         seen = {box for other in self.param_groups for box in other["params"]}
         double = [str(box) for box, count in Counter(group["params"]).items() if count > 1]
         if double:
@@ -214,17 +262,23 @@ class Optimizer:
                     f"cannot add param group {with_or_without} to the optimizer"
                 )
 
-        shown = {box for other in self._sources for box in other.parameters}
-        if not shown.issuperset(group["params"]):  # parameters of a whole, unfrozen, are already in view
-            if self._sources and not (source.bound and isinstance(self._sources[0], ModuleSource)):
-                self._grouped = True
-            self._sources.append(source)
-        self.param_groups.append(group)
-        if self.rule is not None and self.rule.eager:
-            hyper, flags = self._resolve(group, where)
-            for box in group["params"]:
-                slots = initial_slots(self.rule, box.value, hyper, flags)
-                self.state[box].update(entries(self.rule, slots, 0))
+    def _check_not_options(self, params: Any) -> None:
+        """Raise for misspelt groups, which would be taken for a tree, and their options ignored."""
+        if isinstance(params, (list, tuple)) and not _is_list_of_groups(params):
+            for item in params:
+                if isinstance(item, (dict, list, tuple)):
+                    self._check_not_options(item)
+        if not isinstance(params, dict):
+            return
+        options = [name for name, value in params.items() if name in self.hyperparameters.kinds and _is_option(value)]
+        near = [str(name) for name in params if difflib.get_close_matches(str(name), ["params"])]
+        if options and (near or {"lr", "weight_decay", "betas"} & {*options}):
+            option = options[0]
+            raise ValueError(
+                f"{option!r} is an option, here {params[option]!r}, in a dict that is taken for a tree of parameters "
+                f"because it is no group: groups are a list of dicts, each with 'params', as in "
+                f"[{{'params': ..., {option!r}: {params[option]!r}}}]; this one has the keys {list(params)}"
+            )
 
     def _check(self, values: Mapping[str, Any], where: str) -> None:
         for name, value in values.items():
@@ -248,8 +302,16 @@ class Optimizer:
         return self._view(lambda source: source.arranged(values))
 
     def _view(self, look: Callable[[Source], Any]) -> Any:
-        views = [look(source) for source in self._sources]
+        views = [look(source) for source in self._followed()]
         return views if self._grouped else views[0]
+
+    def _followed(self) -> list[Source]:
+        """The sources. Where they are the user's own parameters, they are what the groups have now."""
+        if len(self._sources) == len(self.param_groups):
+            for index, (source, group) in enumerate(zip(self._sources, self.param_groups, strict=True)):
+                if isinstance(source, BoxSource) and source.parameters != group["params"]:
+                    self._sources[index] = source.following(group, f" of param_groups[{index}]")
+        return self._sources
 
     # --- gradients ---
 
@@ -283,19 +345,31 @@ class Optimizer:
         >>> print(loss, optimizer.param_groups[0]["params"][0].grad)
         36.0 36.0
         """
-        call = self._capture(loss_fn, args)
-        accumulated = [box.grad for box in call.boxes]
-        loss, aux, changed, written, grads = value_and_grad(
-            loss_fn, call.cut, has_aux, call.differentiated, call.traced, accumulated
-        )
-        call.write_back(changed, written)
-        for box, grad in zip(call.boxes, grads, strict=True):
-            box.grad = grad
+        loss_function = self._loss_function(loss_fn)
+        program = loss_function.program(value_and_grad, static=2)
+
+        def plan() -> Launch:
+            call = self._captured(loss_function, args)
+            accumulated = [box.grad for box in call.boxes]
+
+            def commit(results: list[Any]) -> None:
+                ((_, _, changed, written, grads),) = results
+                call.write_back(changed, written)
+                for box, grad in zip(call.boxes, grads, strict=True):
+                    box.grad = grad
+
+            arguments = call.cut, has_aux, call.differentiated, call.traced, accumulated
+            return Launch(program, (), [Call((call.cut, has_aux), arguments)], commit)
+
+        ((loss, aux, *_),) = self._handover.launch(plan)
         return (loss, aux) if has_aux else loss
 
     def _check_trace(self) -> None:
-        """Raise where JAX traces another function than where the optimizer was made: it would be left with tracers."""
-        if get_opaque_trace_state() != self._trace:
+        """Raise if JAX is tracing a function other than the one that the optimizer was made in.
+
+        Its state would be left with tracers.
+        """
+        if trace_state() != self._trace:
             raise RuntimeError(
                 f"this {type(self).__name__} was made outside of the function that JAX is tracing (jit, scan, grad, "
                 "...), or in one that has ended: what is traced must not get into it. It compiles by itself, so call "
@@ -303,64 +377,99 @@ class Optimizer:
                 "optimizer.functional_state(), or make the optimizer inside, too"
             )
 
-    def _capture(self, loss_fn: Any, args: tuple[Any, ...]) -> Call:
+    def _loss_function(self, loss_fn: Any) -> LossFunction:
         self._check_trace()
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}: {loss_fn!r}")
+        return self._losses(loss_fn)
+
+    def _captured(self, loss_function: LossFunction, args: tuple[Any, ...]) -> LossCall:
         given = not all(source.bound for source in self._sources)
         if given:
             args = (self._view(lambda source: source.boxed()), *args)
-        self._cut.check(loss_fn, args, given)
-        call = self._cut(args, self._parameters(), given)
-        if not call.boxes:
-            if not any(box.requires_grad for box in self._parameters()):
-                raise ValueError("all of the optimizer's parameters have requires_grad=False: nothing would be trained")
+        loss_function.check(len(args), given)
+        boxes = self._parameters()
+        call = self._cut(args, boxes, given)
+        if len(call.boxes) != len(boxes):
+            self._check_found(call.boxes, given)
+        return call
+
+    def _check_found(self, found: Sequence[Parameter], given: bool) -> None:
+        """Raise where parameters would not be trained because they are not among the arguments of the loss."""
+        wanted = [box for box in self._parameters() if box.requires_grad]
+        if not wanted:
+            raise ValueError("all of the optimizer's parameters have requires_grad=False: nothing would be trained")
+        if given:
+            shown = {box for source in self._sources for box in source.parameters}
+            strange = [self._name(box) for box in wanted if box not in shown]
+            if strange:
+                raise ValueError(
+                    f"{', '.join(strange[:3])}: put into param_groups by hand, but not part of what the optimizer was "
+                    "made from, which the loss function is given; add parameters with add_param_group, or make a new "
+                    "optimizer"
+                )
+        if not found:
             raise ValueError(
                 "none of the optimizer's parameters that require a gradient is among the arguments: "
                 "pass the module that they belong to, as in step(loss_fn, model, x, y)"
             )
-        return call
 
     # --- step ---
 
-    def step(self, grads_or_loss: Any = None, *args: Any) -> Any:
+    def step(self, grads_or_loss: Any = None, *args: Any, closure: Any = None) -> Any:
         """Update every parameter that has a gradient.
 
         Three forms: ``step()`` uses ``Parameter.grad``; ``step(grads)`` takes gradients in the structure of
-        ``params`` (for a module what ``nnx.grad`` returns, for boxes a list in their order), ``None`` where one is
+        ``params`` (for a module what ``nnx.grad`` returns, for parameters a list in their order), ``None`` where one is
         missing; ``step(loss_fn, *args)`` computes value, gradient and update in one compiled program and returns the
         loss; whatever changes must be among ``args``, as for :meth:`backward`. A parameter without a gradient is left
         alone, with its state and its count; in the last two forms one with ``requires_grad=False``, too.
+
+        PyTorch's closure, a function without arguments that calls :meth:`zero_grad` and :meth:`backward` itself, is
+        called before the step, and its result is returned; ``closure`` is PyTorch's name of the argument.
+
+        Whatever ends a step early (Ctrl-C, an error in the loss while it runs, a look at the state meanwhile),
+        parameters and state are afterwards those before the step, or those after it. A loss that calls back into Python
+        while it runs (``jax.pure_callback``, ``jax.debug.callback``, ``equinox.error_if``) costs memory for a second
+        copy of the state during the step, which then waits for it.
 
         Inside a ``jit`` of your own use :attr:`algorithm` instead, which has no state to write to.
 
         Raises:
           RuntimeError: called inside a ``jit``, ``scan``, ``grad``, ... that began after the optimizer was made.
-          ValueError, TypeError: gradients of another structure, shape or kind; the message names the path. Nothing has
-            changed then.
-          RuntimeError: a gradient is sparse and the algorithm takes dense ones, or the other way round. As above.
+          ValueError, TypeError: gradients of another structure, shape or kind; state that was edited into another shape
+            or kind; the message names the path. Nothing has changed then.
+          RuntimeError: a gradient is sparse and the algorithm takes dense ones, or the other way round; a closure has
+            left no gradient. As above.
         """
         self._check_trace()
-        given, kwargs = (self, grads_or_loss, *args) if args or grads_or_loss is not None else (self,), {}
+        kwargs: dict[str, Any] = {} if closure is None else {"closure": closure}
+        given = (self, grads_or_loss, *args) if args or grads_or_loss is not None else (self,)
         hooked = not self._in_step  # the step of a subclass, which called this one, has run the hooks
         if hooked:
             given, kwargs = self._hooks.before_step(self, given, kwargs)
-            grads_or_loss, args = _form(*given[1:], **kwargs)
+        form, args = _form(*given[1:], **kwargs)
         loss = None
-        if grads_or_loss is None:
+        if form is None:
             if args:
                 raise TypeError(f"step(None) takes no further arguments, got {len(args)}: is the loss function None?")
-            self._update((box, box.grad) for box in self._parameters())
-        elif callable(grads_or_loss) and not self._are_gradients(grads_or_loss):
-            loss = self._update_from_loss(grads_or_loss, self._capture(grads_or_loss, args))
+            self._update(self._gradients)
+        elif callable(form) and not self._are_gradients(form):
+            if not args and not self._losses.knows(form) and takes_no_arguments(form):
+                loss = self._update_from_closure(form)
+            else:
+                loss = self._update_from_loss(self._loss_function(form), args)
         elif args:
             raise TypeError(f"step(grads) takes no further arguments, got {len(args)}")
         else:
-            self._update(self._unfrozen(self._pair(grads_or_loss)))
+            self._update(lambda: self._unfrozen(self._pair(form)))
         self._step_called = True
         if hooked:
             self._hooks.after_step(self, given, kwargs)
         return loss
+
+    def _gradients(self) -> Iterable[tuple[Parameter, Any]]:
+        return [(box, box.grad) for box in self._parameters()]
 
     def _are_gradients(self, x: Any) -> bool:
         """Whether a callable is a tree of gradients, as an Equinox module is."""
@@ -391,27 +500,49 @@ class Optimizer:
         boxes = itertools.chain.from_iterable(source.parameters for source in self._sources)
         return zip(boxes, itertools.chain.from_iterable(gradients), strict=True)
 
-    def _update(self, pairs: Iterable[tuple[Parameter, Any]]) -> None:
-        grads = {box: grad for box, grad in pairs if grad is not None}
-        buckets, rows = self._planned(grads)
-        update = update_bucket_in_place if self.donate else update_bucket
-        for bucket, row in zip(buckets, rows, strict=True):
-            given = [grads[box] for box in bucket.boxes]
-            slots, params = update(bucket.updates, bucket.slots, bucket.values, given, row)
-            bucket.commit(slots, params, self.state)
+    def _update(self, gradients: Callable[[], Iterable[tuple[Parameter, Any]]]) -> None:
+        def plan() -> Launch:
+            grads = {box: own_memory(grad) for box, grad in gradients() if grad is not None}
+            plan, rows = self._planned(grads)
+            calls = plan.calls(grads, rows, self.donate)
+            return Launch(update_bucket, (1, 2) if self.donate else (1,), calls, plan.commit(self.state))
 
-    def _update_from_loss(self, loss_fn: Callable[..., Any], call: Call) -> Array:
-        (bucket,), (row,) = self._planned(dict(zip(call.boxes, call.differentiated, strict=True)), together=True)
-        update = update_from_loss_in_place if self.donate else update_from_loss
-        slots, params, loss, changed = update(
-            loss_fn, call.cut, bucket.updates, bucket.slots, call.differentiated, call.traced, row
-        )
-        bucket.commit(slots, params, self.state)
-        call.write_back(changed)
+        self._handover.launch(plan)
+
+    def _update_from_loss(self, loss_function: LossFunction, args: tuple[Any, ...]) -> Array:
+        program = loss_function.program(update_from_loss, static=2)
+
+        def plan() -> Launch:
+            call = self._captured(loss_function, args)
+            plan, (row,) = self._planned(dict(zip(call.boxes, call.differentiated, strict=True)), together=True)
+            (bucket,) = plan.buckets
+            params = distinct(call.differentiated, call.traced) if self.donate else call.differentiated
+            take = plan.commit(self.state)
+
+            def commit(results: list[Any]) -> None:
+                take(results)
+                call.write_back(results[0][3])
+
+            key = call.cut, bucket.updates, *kinds(call.traced)
+            arguments = call.cut, bucket.updates, bucket.store.slots, params, call.traced, row
+            return Launch(program, (2, 3) if self.donate else (2,), [Call(key, arguments)], commit)
+
+        ((_, _, loss, _),) = self._handover.launch(plan)
         return loss
 
-    def _planned(self, grads: Mapping[Parameter, Any], together: bool = False) -> tuple[list[Bucket], list[Any]]:
-        """The buckets of a step and their scalars; everything is checked here, before anything changes.
+    def _update_from_closure(self, closure: Callable[[], Any]) -> Any:
+        loss = closure()
+        if all(box.grad is None for box in self._parameters()):
+            raise RuntimeError(
+                f"{getattr(closure, '__name__', 'the closure')}() has left no gradient: it must call "
+                "optimizer.backward(loss_fn, ...). Or give step a function of the model that returns the loss, "
+                "optimizer.step(loss_fn, ...), and it is differentiated here"
+            )
+        self._update(self._gradients)
+        return loss
+
+    def _planned(self, grads: Mapping[Parameter, Any], together: bool = False) -> tuple[Plan, list[Any]]:
+        """The buckets of a step, and the scalars of each; everything is checked here, before anything changes.
 
         A step that is like the last one, of arrays that the last one has left, takes over its buckets.
 
@@ -423,13 +554,9 @@ class Optimizer:
         hypers, flags = [hyper for hyper, _ in resolved], [flag for _, flag in resolved]
         sizes = [len(group["params"]) for group in self.param_groups]
         leaves, structure = jax.tree.flatten(list(grads.values()))  # a sparse gradient has two
-        try:
-            kinds = structure, [leaf.aval for leaf in leaves]
-        except AttributeError:  # not all are JAX arrays
-            kinds = None
-        key = together, sizes, flags, self._parameters(), list(grads), kinds
+        key = together, sizes, flags, self._parameters(), list(grads), structure, kinds(leaves)
         plan = self._plan
-        if plan is None or plan.key != key or kinds is None or not all(b.fits(self.state) for b in plan.buckets):
+        if plan is None or plan.key != key or not all(bucket.fits(self.state) for bucket in plan.buckets):
             members = self._members(grads, hypers, flags)
             places, shared = self._layout(members)
             if together:
@@ -439,11 +566,11 @@ class Optimizer:
             scalars = type(rule.scalars(1, hypers[0]))
             if plan is not None:
                 plan.drop()
-            self._plan = plan = Plan(
-                key, [Bucket(rule, scalars, [members[index] for index in part], shared) for part in places]
-            )
+            parts = [[members[index] for index in part] for part in places]
+            plan = Plan(key, [Bucket(self._handover, rule, scalars, part, shared) for part in parts])
+            self._plan = plan
         known: dict[tuple[int, int], Any] = {}
-        return plan.buckets, [bucket.scalars(hypers, known) for bucket in plan.buckets]
+        return plan, [bucket.scalars(hypers, known) for bucket in plan.buckets]
 
     def _layout(self, members: list[Member]) -> tuple[list[list[int]], bool]:
         """The members of each bucket, and whether those of one group share a row of scalars.
@@ -471,27 +598,36 @@ class Optimizer:
                     name = functools.partial(self._name, box)
                     check_gradient(name, value, grad)
                     check_layout(self._rule(), type(self).__name__, grad, name)
-                    state = ParameterState.of(self.state.get(box, {}))
-                    slots, step = self._prepared(value, state, hypers[index], flags[index])
-                    members.append(Member(box, value, index, flags[index], state, slots, step))
+                    known = self.state.get(box)
+                    state = ParameterState.of({} if known is None else known)
+                    slots, step = self._prepared(name, value, state, hypers[index], flags[index])
+                    grad_kind = tuple(kinds(jax.tree.leaves(grad)))
+                    members.append(Member(box, value, grad_kind, index, flags[index], state, known, slots, step))
         return members
 
-    def _prepared(self, param: Array, state: ParameterState, hyper: Any, flags: Any) -> tuple[Any, int]:
-        """Slots for a step that may donate them, and the count of updates.
+    def _prepared(
+        self, name: Callable[[], str], param: Array, state: ParameterState, hyper: Any, flags: Any
+    ) -> tuple[Any, int]:
+        """Slots that a step may update in place, and the count of updates.
 
-        Slots that somebody has seen are copied, those that are missing are made.
+        Slots that somebody has seen are checked, because they may have been edited, and copied; those that are missing
+        are made.
         """
-        rule = self._rule()
-        if state.place is not None and state.place.flags == flags:
-            return state.place.slots, state.place.step
+        rule, place = self._rule(), state.place
+        if isinstance(place, Place) and (place.flags, place.shape) == (flags, param.shape):
+            return place.slots, place.step
         values = state.peek()
-        fields = active_fields(rule, self.hyperparameters, flags, param.shape)
-        # device_put copies without compiling a copy for each shape, and keeps the sharding.
-        seen = {name: jax.device_put(values[name], may_alias=False) for name in fields if name in values}
-        complete = len(seen) == len(fields)
-        slots = rule.slots(*[None] * len(rule.slots._fields)) if complete else initial_slots(rule, param, hyper, flags)
+        types = slot_types(rule, self.hyperparameters, flags, param.shape, param.dtype)
+        of_parameter = f"state of parameter {name()!r}" if values else ""
+        seen = {
+            field: jax.tree.map(copied_array, read_slot(values[field], type_, param, f"{of_parameter}: {field!r}"))
+            for field, type_ in types.items()
+            if type_ is not None and values.get(field) is not None
+        }
+        complete = all(type_ is None or field in seen for field, type_ in types.items())
+        slots = rule.slots(**dict.fromkeys(types)) if complete else initial_slots(rule, param, hyper, flags)
         # Where PyTorch keeps no count, the presence of the slots says whether this is the first update.
-        step = int(values.get("step", 0)) if rule.counts_steps else int(complete)
+        step = as_count(values.get("step", 0), f"{of_parameter}: 'step'") if rule.counts_steps else int(complete)
         return slots._replace(**seen), step
 
     def _resolve(self, group: Mapping[str, Any], where: str) -> tuple[Any, Any]:
@@ -503,8 +639,9 @@ class Optimizer:
             try:
                 kind: Any = self.hyperparameters.kinds[name]
                 values[name] = kind.over_numbers(concrete, group[name])
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{name}{where} is {group.get(name)!r}, which is no number: {error}") from None
+            except (TypeError, ValueError, OverflowError) as error:
+                error_type = ValueError if isinstance(error, OverflowError) else type(error)
+                raise error_type(f"{name}{where} is {group[name]!r}, which is not a number: {error}") from None
         return self.hyperparameters.hyper(values), self.hyperparameters.flags(group)
 
     @classmethod
@@ -534,7 +671,10 @@ class Optimizer:
         neither later steps nor edits change it. What ``state`` has under other keys than parameters is in it, too.
         """
         self._hooks.notify("state_dict_pre", self)
-        return self._hooks.replace("state_dict_post", self, _state_dict.pack(self))
+        with self._handover.lock:  # of one moment, whoever steps meanwhile
+            self._handover.look()
+            packed = _state_dict.pack(self)
+        return self._hooks.replace("state_dict_post", self, packed)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
         """Load what :meth:`state_dict` returned, of this library or of PyTorch (NumPy, JAX or PyTorch arrays).
@@ -564,32 +704,40 @@ class Optimizer:
         """
         self._check_trace()
         state_dict = self._hooks.replace("load_state_dict_pre", self, _state_dict.as_dict(state_dict))
-        keys = _state_dict.load(self, state_dict, strict)
-        self._loaded, self._built = True, []
+        with self._handover.lock:
+            self._handover.look()
+            keys = _state_dict.load(self, state_dict, strict)
+            self._loaded, self._built = True, []
         self._hooks.notify("load_state_dict_post", self)
         return keys
 
-    def _slot_shapes(self, group: Mapping[str, Any], where: str) -> Callable[[Parameter], dict[str, Any]] | None:
-        """For a parameter shape and dtype of each slot that it has in this loaded group, ``None`` for one it has not.
+    def _slot_types(self, group: Mapping[str, Any], where: str) -> Callable[[Parameter], dict[str, Any]] | None:
+        """For a parameter of this loaded group the types of its slots, see :func:`optimjax.step.slot_types`.
 
         Where there is no rule, nothing is known of the state.
         """
         rule = self.rule
         self.hyperparameters.check_structural(group)
+        _, flags = self._resolve(group, where)
         if rule is None:
             return None
-        hyper, flags = self._resolve(group, where)
 
-        @functools.cache  # tracing is slow, and many parameters are alike
-        def slots(shape: tuple[int, ...], dtype: Any) -> dict[str, Any]:
-            param = jax.ShapeDtypeStruct(shape, dtype)
-            return jax.eval_shape(lambda param: rule.init(param, hyper, flags), param)._asdict()
-
-        def shapes(box: Parameter) -> dict[str, Any]:
+        def types(box: Parameter) -> dict[str, Any]:
             check_param(rule, box.value, flags, box.__str__)
-            return slots(box.shape, box.dtype)
+            return slot_types(rule, self.hyperparameters, flags, box.shape, box.dtype)
 
-        return shapes
+        return types
+
+    @classmethod
+    def _state_names(cls) -> tuple[str, ...]:
+        """The names of what the algorithm keeps for a parameter."""
+        return () if cls.rule is None else cls.rule.slots._fields
+
+    @classmethod
+    def _names_of_others(cls) -> set[str]:
+        """The names of what only other algorithms of the package keep."""
+        names = {name for other in _algorithms() for name in other._state_names()}
+        return names.difference(cls._state_names())
 
     def _checked(self, box: Parameter, entries: dict[str, Any]) -> dict[str, Any]:
         """The loaded state of a parameter, where there is no rule that says what it must be; or ``ValueError``.
@@ -632,7 +780,9 @@ class Optimizer:
         >>> optimizer.state_dict()["state"][0]["step"]
         11
         """
-        return functional_state(self)
+        with self._handover.lock:
+            self._handover.look()
+            return functional_state(self)
 
     def load_functional_state(self, params: Any, state: Any) -> None:
         """Take over what :attr:`algorithm` has made of :meth:`functional_state`: to come back to the facade.
@@ -640,7 +790,9 @@ class Optimizer:
         Raises:
           ValueError: their structure, shapes or dtypes are others. Nothing has changed then.
         """
-        load_functional_state(self, params, state)
+        with self._handover.lock:
+            self._handover.look()
+            load_functional_state(self, params, state)
 
     # --- hooks ---
 
@@ -678,7 +830,7 @@ class Optimizer:
         for index, group in enumerate(self.param_groups):
             hidden = ["params"] if given.issuperset(group["params"]) else ["params", "param_names"]
             text += f"\nParameter Group {index}\n"
-            text += "".join(f"    {key}: {group[key]}\n" for key in sorted(group) if key not in hidden)
+            text += "".join(f"    {key}: {group[key]}\n" for key in sorted(group, key=str) if key not in hidden)
         return text + ")"
 
     def _repr_html_(self) -> str:
@@ -687,11 +839,18 @@ class Optimizer:
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no hooks, as in PyTorch, and is in no step. What was remembered of steps names devices, which do
         # not pickle.
-        left = ("_hooks", "_in_step", "_plan", "_patterns", "_trace")
+        left = ("_handover", "_hooks", "_in_step", "_losses", "_plan", "_patterns", "_trace")
         return {name: value for name, value in vars(self).items() if name not in left}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        with self._handover.lock:  # of one moment, whoever steps meanwhile
+            self._handover.look()
+            twin = memo[id(self)] = type(self).__new__(type(self))
+            twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
 
 
 Optimizer.hyperparameters = Hyperparameters(Optimizer, Optimizer)
@@ -699,9 +858,59 @@ Optimizer.hyperparameters = Hyperparameters(Optimizer, Optimizer)
 _DEFAULTS_ONLY = object()  # in place of params: work out the defaults, make no optimizer
 
 
-def _form(grads_or_loss: Any = None, *args: Any) -> tuple[Any, tuple[Any, ...]]:
-    """The arguments of ``step`` as a hook has left them."""
-    return grads_or_loss, args
+def _form(grads_or_loss: Any = None, *args: Any, closure: Any = None) -> tuple[Any, tuple[Any, ...]]:
+    """The arguments of ``step`` as a hook has left them, whatever they are called."""
+    if closure is not None and (grads_or_loss is not None or args):
+        raise TypeError("step takes a closure by position or by name, not both")
+    return (grads_or_loss if closure is None else closure), args
+
+
+def _without_tensors(value: Any) -> Any:
+    """The value of an option, with JAX's arrays in place of PyTorch's."""
+    if isinstance(value, tuple):
+        return tuple(map(_without_tensors, value))
+    return jnp.asarray(from_tensor(value)) if hasattr(value, "detach") else value
+
+
+def _is_option(value: Any) -> bool:
+    """Whether this can be the value of an option, and not a leaf that is trained."""
+    return isinstance(value, (bool, int, float)) or (
+        isinstance(value, tuple) and bool(value) and all(map(_is_option, value))
+    )
+
+
+def _all_options() -> set[str]:
+    """The options of all algorithms of the package: a group that was another optimizer's has those of that one."""
+    return {name for cls in _algorithms() for name in cls.hyperparameters.kinds}
+
+
+def _algorithms(cls: type[Optimizer] = Optimizer) -> Iterator[type[Optimizer]]:
+    """The classes of the package."""
+    for subclass in cls.__subclasses__():
+        if subclass.__module__.startswith("optimjax.algorithms."):
+            yield subclass
+        yield from _algorithms(subclass)
+
+
+# What these options are called elsewhere.
+_OTHER_NAMES = {
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "epsilon": "eps",
+    "beta": "betas",
+    "beta1": "betas",
+    "beta2": "betas",
+}
+
+
+def _meant(name: Any, options: Iterable[str]) -> str | None:
+    """The option that a key resembles; one that says more, such as ``lr_scale``, is another word."""
+    if name in ("params", "param_names", "name") or not isinstance(name, str):
+        return None
+    if _OTHER_NAMES.get(name) in options:
+        return _OTHER_NAMES[name]
+    near = difflib.get_close_matches(name, [*options, "params"], n=1, cutoff=0.75)
+    return None if not near or name.startswith(f"{near[0]}_") or name.endswith(f"_{near[0]}") else near[0]
 
 
 def _is_list_of_groups(params: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The box that the facade works on: a mutable parameter with its gradient."""
+"""What the facade works on: a mutable parameter with its gradient."""
 
 import operator
 from collections.abc import Iterator
@@ -10,15 +10,40 @@ import numpy as np
 from jax import Array
 
 from optimjax.sparse import is_sparse
-from optimjax.tree import check_gradient
+from optimjax.tree import check_gradient, copied_array
 
 __all__ = ["Parameter", "flatten", "unflatten", "value_of"]
 
 
-class Parameter:
-    """A mutable box for one array, with its gradient: what ``torch.nn.Parameter`` is to an optimizer.
+# What an array has and a parameter shows; it has its own shape, dtype, ndim and size.
+_OF_ARRAYS = frozenset(name for name in dir(jax.Array) if not name.startswith("_"))
 
-    Usable wherever ``jax.numpy`` takes an array, and with the arithmetic operators.
+# What scripts of PyTorch ask a parameter for, and where that is.
+_ELSEWHERE = {
+    "data": "p.value is its array, and can be set",
+    "detach": "p.value is an array without a history; jax.lax.stop_gradient(p.value) inside a loss",
+    "clone": "p.value is immutable and need not be cloned; optim.Parameter(p.value) is another parameter",
+    "numpy": "np.asarray(p.value)",
+    "cpu": "np.asarray(p.value)",
+    "cuda": "arrays live where JAX puts them; p.value = jax.device_put(p.value, device)",
+    "to": "p.value = jax.device_put(p.value, device); another dtype needs another parameter",
+    "backward": "there is no tape: optimizer.backward(loss_fn, ...) differentiates a function",
+    "requires_grad_": "p.requires_grad = True",
+    "zero_": "p.value = jnp.zeros_like(p.value)",
+    "fill_": "p.value = jnp.full_like(p.value, x)",
+    "copy_": "p.value = x",
+    "add_": "p += x",
+    "sub_": "p -= x",
+    "mul_": "p *= x",
+    "div_": "p /= x",
+}
+
+
+class Parameter:
+    """One array, which can be replaced, and its gradient: what ``torch.nn.Parameter`` is to an optimizer.
+
+    Usable wherever ``jax.numpy`` takes an array, with the arithmetic operators and with an array's attributes and
+    methods (``p.T``, ``p.mean()``, ``p.at[0].set(1)``, which return arrays and leave the parameter as it is).
 
     Args:
       value: a real or complex floating array of any shape (or a Python float).
@@ -52,9 +77,9 @@ class Parameter:
 
     @value.setter
     def value(self, value: Any) -> None:
-        self.write(self._checked(value))
+        self._write(self._checked(value))
 
-    def write(self, value: Array) -> None:
+    def _write(self, value: Array) -> None:
         """Set the value without checks."""
         self._value = value
 
@@ -109,6 +134,16 @@ class Parameter:
             raise TypeError(f"value of parameter {str(self)!r} must keep dtype {self.dtype}, got {array.dtype}")
         return array
 
+    def __getattr__(self, name: str) -> Any:
+        """The attributes and methods of the array, such as ``p.T``, ``p.mean()`` and ``p.at``."""
+        if name in _OF_ARRAYS:
+            return getattr(self.value, name)
+        hint = f": {_ELSEWHERE[name]}" if name in _ELSEWHERE else ""
+        raise AttributeError(f"a Parameter has no attribute {name!r}{hint}", name=name, obj=self)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*object.__dir__(self), *_OF_ARRAYS})
+
     __array_priority__ = 100  # `numpy_array @ box` is the box's business
 
     def __jax_array__(self) -> Array:
@@ -141,8 +176,8 @@ class Parameter:
         return f"Parameter({name}{self.value!r}{frozen})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Parameter":
-        # The arrays are immutable, so the copy may share them.
-        twin = Parameter(self.value, name=self.name, requires_grad=self.requires_grad)
+        # The array is copied, too: an optimizer may update either of them in place.
+        twin = Parameter(copied_array(self.value), name=self.name, requires_grad=self.requires_grad)
         twin._grad = self._grad
         memo[id(self)] = twin
         return twin

@@ -6,6 +6,7 @@ Three kinds of things can be handed in, each a *source*: a pytree (:class:`TreeS
 """
 
 import copy
+import reprlib
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, Set, ValuesView
 from typing import Any
 
@@ -13,7 +14,15 @@ import jax
 
 from optimjax.parameter import Parameter, value_of
 from optimjax.sparse import is_sparse
-from optimjax.tree import distinct_names, dotted, is_inexact_array, match, names, structure_error
+from optimjax.tree import (
+    distinct_names,
+    dotted,
+    is_inexact_array,
+    is_torch_module,
+    match,
+    names,
+    structure_error,
+)
 from optimjax.variable import OPAQUE, VariableParameter, box_of, holds_nnx, is_nnx, is_variable, module_parameters, nnx
 
 __all__ = [
@@ -23,20 +32,22 @@ __all__ = [
     "TreeSource",
     "is_single",
     "named_parameters",
+    "not_parameters",
     "parameters",
     "source_of",
 ]
 
 
 def named_parameters(module: Any) -> Iterator[tuple[str, Parameter]]:
-    """Iterate the parameters of a ``flax.nnx`` module, or of a pytree, as ``(dotted name, box)``.
+    """Iterate the parameters of a ``flax.nnx`` module, or of a pytree, as ``(dotted name, Parameter)``.
 
-    Boxes of a module are bound to it, and are the *same* objects each time. Boxes of a pytree are those in it, or new
-    ones with its arrays; leaves that are not floating arrays are left out.
+    Those of a module are bound to it, and are the *same* objects each time. Those of a pytree are the Parameters in it,
+    or new ones with its arrays; leaves that are not floating-point arrays are left out. An optimizer gives its own.
 
     Raises:
-      TypeError: a leaf that would be passed over although it is meant to be trained: an array beside modules, a PyTorch
-        tensor, a generator; an ``nnx.Param`` that holds a tree of arrays.
+      TypeError: a leaf that would be passed over although it is meant to be trained: an array alongside modules, a
+        PyTorch tensor or module, a generator; an ``nnx.Param`` that holds a tree of arrays; something that is neither a
+        module nor a tree.
 
     >>> from flax import nnx
     >>> import optimjax as optim
@@ -44,7 +55,11 @@ def named_parameters(module: Any) -> Iterator[tuple[str, Parameter]]:
     >>> [(name, box.shape) for name, box in optim.named_parameters(layer)]
     [('bias', (3,)), ('kernel', (2, 3))]
     """
-    if holds_nnx(module):
+    if hasattr(module, "param_groups"):  # an optimizer
+        for group in module.param_groups:
+            names = group.get("param_names") or map(str, group["params"])
+            yield from zip(names, group["params"], strict=True)
+    elif holds_nnx(module):
         for path, leaf in _checked_leaves(module, lambda x: isinstance(x, Parameter) or is_nnx(x))[0]:
             if is_inexact_array(leaf) or isinstance(leaf, Parameter):
                 kind = "an optim.Parameter" if isinstance(leaf, Parameter) else "an array"
@@ -54,12 +69,25 @@ def named_parameters(module: Any) -> Iterator[tuple[str, Parameter]]:
                 )
         yield from module_parameters(module)
     else:
+        if jax.tree_util.all_leaves([module]) and not (is_inexact_array(module) or isinstance(module, Parameter)):
+            raise TypeError(not_parameters("what is given", module))
         source = TreeSource(module)
         yield from zip(source.names or (), source.parameters, strict=True)
 
 
+def not_parameters(what: str, x: Any) -> str:
+    """The message for something that has no parameters, and can have none."""
+    got = f"{what} must hold parameters, got {type(x).__name__}: {reprlib.repr(x)}"
+    if is_torch_module(x):
+        return (
+            f"{got}. It is a PyTorch module, whose tensors cannot be trained here: write the model in flax.nnx, Linen, "
+            "Equinox or plain JAX, see the page Coming from PyTorch"
+        )
+    return f"{got}; give a flax.nnx module or a pytree of floating-point arrays"
+
+
 def parameters(module: Any) -> Iterator[Parameter]:
-    """Iterate the parameters of a ``flax.nnx`` module, or of a pytree, as boxes; see :func:`named_parameters`."""
+    """Iterate the parameters of a ``flax.nnx`` module, or of a pytree; see :func:`named_parameters`."""
     return (box for _, box in named_parameters(module))
 
 
@@ -145,7 +173,7 @@ class ModuleSource(Source):
         self.names = [name for name, _ in named]
         self.parameters = [box for _, box in named]
         self._treedef: Any = None  # of gradients seen before, and where each parameter's is among their leaves
-        self._order: list[int] = []
+        self._order: list[Any] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModuleSource":
         for leaf in filter(is_variable, jax.tree.leaves(self.module, is_leaf=is_nnx)):
@@ -173,10 +201,11 @@ class ModuleSource(Source):
     def gradients(self, grads: Any) -> list[Any]:
         """See :meth:`Source.gradients`; takes what ``nnx.grad`` returns."""
         leaves, treedef = jax.tree.flatten(grads)
-        if self._treedef is None or treedef != self._treedef:  # the first time, and whenever one is missing or sparse
+        if self._treedef is None or treedef != self._treedef:
             found = self._by_name(grads)
-            if not any(leaf is None or is_sparse(leaf) for leaf in found):
-                self._treedef, self._order = treedef, _order(leaves, found)
+            order = _order(leaves, found)
+            if None not in order:  # where one is missing, sparse or a tree
+                self._treedef, self._order = treedef, order
             return found
         return [leaves[index] for index in self._order]
 
@@ -200,6 +229,8 @@ def _checked_leaves(tree: Any, is_leaf: Callable[[Any], bool]) -> tuple[list[tup
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, lambda x: is_leaf(x) or isinstance(x, OPAQUE))
     for path, leaf in leaves:
+        if path and is_torch_module(leaf):
+            raise TypeError(not_parameters(repr(dotted(path)), leaf))
         if hasattr(leaf, "is_floating_point") and (leaf.is_floating_point() or leaf.is_complex()):
             name = dotted(path) or "params"
             raise TypeError(
@@ -219,13 +250,14 @@ def _is_parameter(x: Any) -> bool:
     return isinstance(x, Parameter) or is_nnx(x) or (isinstance(x, tuple) and any(map(_is_parameter, x)))
 
 
-def _order(leaves: list[Any], wanted: list[Any]) -> list[int]:
+def _order(leaves: list[Any], wanted: list[Any]) -> list[Any]:
+    """The position of each among the leaves, ``None`` for what is not a leaf."""
     position = {id(leaf): index for index, leaf in enumerate(leaves)}
-    return [position[id(leaf)] for leaf in wanted]
+    return [position.get(id(leaf)) for leaf in wanted]
 
 
 class BoxSource(Source):
-    """Boxes that the user made, or took from a module with :func:`parameters`."""
+    """Parameters that the user made, or took from a module with :func:`parameters`."""
 
     def __init__(self, boxes: Iterable[Any]):
         items = list(boxes)
@@ -244,6 +276,19 @@ class BoxSource(Source):
                 )
         for name, box in zip(self.names or (), self.parameters, strict=False):
             box.name = box.name or name  # for messages
+
+    def following(self, group: Mapping[str, Any], where: str) -> "BoxSource":
+        """A source of the parameters that a group has now, after its list was edited.
+
+        Raises:
+          ValueError: the group has another number of names than of parameters.
+        """
+        names, boxes = group.get("param_names"), group["params"]
+        if names is None:
+            return BoxSource(boxes)
+        if len(names) != len(boxes):
+            raise ValueError(f"{len(boxes)} parameters have {len(names)} names{where}: edit 'param_names', too")
+        return BoxSource(zip(names, boxes, strict=True))
 
     @property
     def bound(self) -> bool:

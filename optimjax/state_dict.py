@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from optimjax.parameter import Parameter
+from optimjax.placement import place
 from optimjax.step import ParameterState
 from optimjax.tree import from_tensor
 
 if TYPE_CHECKING:
     from optimjax.optimizer import Optimizer
 
-__all__ = ["IncompatibleKeys", "as_count", "as_dict", "copied", "load", "pack", "plain", "slot_array"]
+__all__ = ["IncompatibleKeys", "as_count", "as_dict", "copied", "load", "pack", "plain", "read_slot", "slot_array"]
 
 
 def pack(optimizer: "Optimizer") -> dict[str, Any]:
@@ -78,7 +80,7 @@ def load(optimizer: "Optimizer", state_dict: Mapping[str, Any], strict: bool = T
         if "param_names" in group:
             merged["param_names"] = list(group["param_names"])
         groups.append(merged)
-        shapes = optimizer._slot_shapes(merged, where)
+        types = optimizer._slot_types(merged, where)
         if optimizer.joint_state and list(ids_of_group) != list(saved["params"]):
             raise ValueError(
                 f"{type(optimizer).__name__} keeps one vector for all parameters, whose order must be that of the "
@@ -90,7 +92,7 @@ def load(optimizer: "Optimizer", state_dict: Mapping[str, Any], strict: bool = T
                 continue
             entries = saved_state.get(str(saved_id)) or {}
             try:
-                state[box] = ParameterState(entries and _entries(optimizer, box, entries, shapes))
+                state[box] = ParameterState(entries and _entries(optimizer, box, entries, types))
             except _ShapeError as error:
                 if strict or "param_names" not in group:
                     hint = (
@@ -241,41 +243,90 @@ def _found(groups: Sequence[Any], saved_groups: Sequence[Any]) -> tuple[list[Seq
     return ids, IncompatibleKeys(missing, unexpected)
 
 
-def _entries(optimizer: "Optimizer", box: Parameter, saved: Mapping[str, Any], shapes: Any) -> dict[str, Any]:
-    """The state of one parameter, as arrays of the saved dtype."""
-    if shapes is None:  # an optimizer with a step of its own may keep anything
+def _entries(optimizer: "Optimizer", box: Parameter, saved: Mapping[str, Any], types: Any) -> dict[str, Any]:
+    """The state of one parameter: slots as arrays of the saved dtype, and what the user keeps alongside as it is."""
+    if types is None:  # an optimizer with a step of its own may keep anything
         return optimizer._checked(box, copied(dict(saved), functools.partial(_array, box=box)))
     of_parameter = f"loaded state of parameter {str(box)!r}"
-    counts, expected = optimizer._rule().counts_steps, shapes(box)
+    counts, expected = optimizer._rule().counts_steps, types(box)
+    present = optimizer.state.get(box, {})
+    strange = optimizer._names_of_others() - present.keys()
     entries: dict[str, Any] = {}
+    own: dict[str, Any] = {}
     for name, value in saved.items():
         where = f"{of_parameter}: {name!r}"
-        if value is None:
-            continue
         if counts and name == "step":
             entries[name] = as_count(value, where)
-            continue
-        if name not in expected:
+        elif name in expected:
+            if value is not None:
+                entries[name] = read_slot(value, expected[name], box.value, where, present.get(name))
+        elif name in strange and value is not None:
             raise ValueError(f"{of_parameter} has {name!r}, which {type(optimizer).__name__} does not keep")
-        slot = expected[name]
-        array = slot_array(value, (box if slot is None else slot).dtype, where)
-        if slot is not None and array.shape != slot.shape:
-            raise _ShapeError(f"{where} has shape {array.shape}, expected {slot.shape}")
-        entries[name] = _placed(array, box)
-    wanted = [name for name, slot in expected.items() if slot is not None]
+        else:
+            own[name] = copied(value, functools.partial(_array, box=box))
+    wanted = [name for name, type_ in expected.items() if type_ is not None]
     absent = [name for name in ["step"] * counts + wanted if name not in entries]
     if entries and absent:
         raise ValueError(f"{of_parameter} lacks {absent}")
-    return entries
+    return entries | own
+
+
+def read_slot(value: Any, type_: Any, param: jax.Array, where: str, present: Any = None) -> Any:
+    """What a slot is given, loaded or edited by hand: arrays of the right structure, shapes and kinds.
+
+    They keep their dtypes, and lie where they lie if that is on several devices; else where the present slot or the
+    parameter does.
+
+    Args:
+      value: an array of JAX, NumPy or PyTorch, a number, or where the slot is a tree, a tree of these.
+      type_: shape and dtype, or a tree of them; ``None`` for a slot that the parameter has not.
+      param: the parameter's value.
+      where: how messages begin.
+      present: the slot's present value, if it has one.
+
+    Raises:
+      ValueError: it is of another structure, shape or kind, or was deleted.
+    """
+    if type_ is None:  # PyTorch may have saved it under other flags
+        return place(slot_array(value, param.dtype, where), param, present)
+    types, structure = jax.tree.flatten(type_)
+    if jax.tree_util.treedef_is_leaf(structure):
+        return _read_array(value, type_, param, where, present)
+    try:
+        values = structure.flatten_up_to(_tuples(value))
+    except ValueError as error:
+        raise ValueError(f"{where} has another structure: {error}") from None
+    olds = jax.tree.leaves(present) if jax.tree.structure(present) == structure else [None] * len(types)
+    return structure.unflatten(
+        [
+            _read_array(each, type_, param, f"{where}[{index}]", old)
+            for index, (each, type_, old) in enumerate(zip(values, types, olds, strict=True))
+        ]
+    )
+
+
+def _tuples(value: Any) -> Any:
+    """Tuples in place of lists, which checkpointers make of them."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _read_array(value: Any, type_: Any, param: jax.Array, where: str, present: Any) -> Any:
+    if isinstance(value, Tracer):
+        return value
+    array = slot_array(value, type_.dtype, where)
+    if array.shape != type_.shape:
+        raise _ShapeError(f"{where} has shape {array.shape}, expected {type_.shape}")
+    return place(array, param, present)
 
 
 def as_count(value: Any, where: str) -> int:
     """A number of updates, or ``ValueError`` that begins with ``where``."""
     try:
         number = np.asarray(from_tensor(value)).item()
-        if number >= 0 and number % 1 == 0:  # of infinity there is no remainder
+        # Infinity has no remainder; what is larger than any float cannot be computed with.
+        if number >= 0 and number % 1 == 0 and float(number) >= 0:
             return int(number)
-    except (TypeError, ValueError):
+    except (AttributeError, OverflowError, RuntimeError, TypeError, ValueError):
         pass
     raise ValueError(f"{where} is {value!r}, which is no whole number from 0 on")
 
@@ -290,11 +341,13 @@ def slot_array(value: Any, dtype: Any, where: str) -> jax.Array:
     """
     try:
         return _of_kind(from_tensor(value), dtype)
-    except (TypeError, ValueError) as error:
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{where} is {reprlib.repr(value)}, which cannot be loaded: {error}") from None
 
 
 def _of_kind(value: Any, dtype: Any) -> jax.Array:
+    if isinstance(value, jax.Array) and value.is_deleted():
+        raise ValueError("the array has been deleted")
     is_plain = isinstance(value, (int, float, complex, list, tuple))
     array = value if isinstance(value, jax.Array) else np.asarray(value)
     kind, most = _kind(array.dtype), _kind(dtype)
@@ -323,15 +376,7 @@ def _array(value: Any, box: Parameter | None = None) -> Any:
         except TypeError:  # of strings, objects, ...
             return _own(value)
         value = array if array.dtype == value.dtype else _own(value)
-    return _placed(value, box) if isinstance(value, jax.Array) and box is not None else value
-
-
-def _placed(array: jax.Array, box: Parameter) -> jax.Array:
-    """An array of the shape of its parameter that is distributed like it."""
-    sharding = getattr(box.value, "sharding", None)
-    if array.shape == box.shape and not isinstance(sharding, (jax.sharding.SingleDeviceSharding, type(None))):
-        array = jax.device_put(array, sharding)
-    return array
+    return place(value, box.value) if isinstance(value, jax.Array) and box is not None else value
 
 
 def _own(value: Any) -> Any:

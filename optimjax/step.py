@@ -1,7 +1,20 @@
-"""How a step of the facade runs: compiled programs, each for a bucket of parameters, and what is kept between steps."""
+"""How a step of the facade runs: compiled programs, each for a bucket of parameters, and what is kept between steps.
 
+Who has the slots of a parameter, for which the optimizer's ``state`` has a ParameterState::
+
+    ParameterState._values    slots that somebody may have seen; a step works on copies of them
+    ParameterState.place ---> Place ---> Store.slots    slots that the last step has left and nobody has seen, together
+                                              ^         with others; the next step updates them in place
+    Bucket -----------------------------------'         what the next step starts from, with the compiled program's key
+    ParameterState.claim ---> Store.whole               whoever looks takes the slots away, and says so here
+
+No arrow leads back, so that arrays are freed as soon as the optimizer is.
+"""
+
+import functools
+import itertools
 from collections import defaultdict
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -10,22 +23,27 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from optimjax.handover import Call, Handover, Program, kind
+from optimjax.interned import interned
 from optimjax.parameter import Parameter
-from optimjax.rule import Rule, apply_each
+from optimjax.placement import pin, pinned
+from optimjax.rule import Hyperparameters, Numeric, Rule, apply_each
+from optimjax.tree import copied_array
 
 __all__ = [
     "Bucket",
-    "Donating",
     "Member",
     "ParameterState",
+    "Place",
     "Plan",
     "Updates",
     "bounded_layout",
     "concrete",
+    "distinct",
     "entries",
     "layout",
+    "slot_types",
     "update_bucket",
-    "update_bucket_in_place",
     "update_each",
 ]
 
@@ -36,16 +54,18 @@ MIXED = 256  # parameters of any shapes
 class ParameterState(MutableMapping[str, Any]):
     """What the optimizer keeps for one parameter: arrays by name, and ``step``.
 
-    A step donates the arrays to the compiled program, which updates them in place. Arrays that were read through this
+    A step gives the arrays to a compiled program, which updates them in place. Arrays that were read through this
     mapping may be in the user's hands, so the next step works on copies of them: an array once read stays valid.
+    Reading waits for a step in another thread to end.
     """
 
-    __slots__ = ("_values", "place")
+    __slots__ = ("_handover", "_values", "claim", "place")
 
     def __init__(self, values: Mapping[str, Any] = {}):
         self._values = dict(values)
-        # Of what is newer than the values, and seen by nobody: a Place, or for LBFGS, which has no buckets, its like.
-        self.place: Any = None
+        self._handover: Handover | None = None
+        self.place: Any = None  # of what is newer than the values: a Place, or for LBFGS, which has no buckets, `Kept`
+        self.claim: Store | None = None
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "ParameterState":
@@ -54,25 +74,36 @@ class ParameterState(MutableMapping[str, Any]):
 
     def peek(self) -> dict[str, Any]:
         """The entries; from now on they count as seen."""
-        if self.place is not None:
-            self._values.update(self.place.entries())
-            self.place.leave()
-            self.place = None
+        if self._handover is None:  # no step has met it yet
+            return self._values
+        with self._handover.lock:
+            self._handover.look()
+            if self.claim is not None:
+                self.claim.whole, self.claim = False, None
+            if (place := self.place) is not None:
+                self._values = self._values | place.entries()
+                self.place = None
+                place.leave()
         return self._values
 
     @property
     def nbytes(self) -> int:
         """The bytes of the arrays, which do not count as seen by that."""
-        entries = self._values | (self.place.entries() if self.place is not None else {})
+        place = self.place
+        entries = self._values | (place.entries() if place is not None else {})
         return sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(entries))
 
-    def move(self, place: "Place") -> None:
-        """From now on the slots are there."""
-        if self.place is not None:
-            self.place.leave()
-        self.place = place
-        for name in place.entries():  # or what was seen once would be held for good
-            self._values.pop(name, None)
+    def claimed(self, store: "Store") -> None:
+        """Note that a step is going to start from what is here now."""
+        self._handover, self.claim = store.handover, store
+
+    def move(self, place: Any, handover: Handover) -> None:
+        """Record that the slots are at this place now. A second time it makes no difference."""
+        before, self.place, self._handover = self.place, place, handover
+        if before is not None and before != place:
+            before.leave()
+        kept = place.names()  # what was seen once must not be held for good
+        self._values = {name: value for name, value in self._values.items() if name not in kept}
 
     def __getitem__(self, name: str) -> Any:
         return self.peek()[name]
@@ -83,8 +114,8 @@ class ParameterState(MutableMapping[str, Any]):
     def __delitem__(self, name: str) -> None:
         del self.peek()[name]
 
-    def __iter__(self) -> Any:
-        return iter(self.peek())
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self.peek()))
 
     def __len__(self) -> int:
         return len(self.peek())
@@ -93,7 +124,7 @@ class ParameterState(MutableMapping[str, Any]):
         return repr(self.peek())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ParameterState":
-        return ParameterState(self.peek())  # arrays are immutable and can be shared
+        return ParameterState(self.peek())  # a step does not touch the arrays that either of them has
 
     def __reduce__(self) -> Any:
         return ParameterState, (dict(self.peek()),)
@@ -104,9 +135,11 @@ class Member(NamedTuple):
 
     parameter: Parameter
     value: Array
+    grad_kind: Any  # what decides what is compiled for its gradient
     group: int  # its index among the groups
     flags: Any
     state: ParameterState
+    known: Any  # what the optimizer's state has for it, which may be nothing yet
     slots: Any
     step: int  # updates done
 
@@ -117,100 +150,167 @@ class Member(NamedTuple):
 
 
 class Updates:
-    """What is compiled in when a bucket is updated: structure only.
+    """What is compiled in when a bucket is updated: structure only. Equal ones are one object.
 
     Attributes:
       rule: the rule.
       scalars: the NamedTuple type of its scalars.
       flags: the flags of each row of scalars.
       rows: for each parameter its row: by group and step count, never by values.
+      slots: for each parameter the structure of its slots.
+      pins: for each parameter where its value and its slots stay, see :func:`optimjax.placement.pin`.
     """
 
-    def __init__(self, rule: Rule, scalars: Any, flags: tuple[Any, ...], rows: tuple[int, ...]):
-        self.rule, self.scalars, self.flags, self.rows = rule, scalars, flags, rows
-        self._key = (rule, scalars, flags, rows)
-        self._hash = hash(self._key)  # once, not at each step
+    def __init__(
+        self,
+        rule: Rule,
+        scalars: Any,
+        flags: tuple[Any, ...],
+        rows: tuple[int, ...],
+        slots: tuple[Any, ...],
+        pins: tuple[Any, ...],
+        kinds: Hashable,  # of the arrays: what else decides which executable runs
+    ):
+        self.rule, self.scalars, self.flags, self.rows, self.slots, self.pins = rule, scalars, flags, rows, slots, pins
 
-    def __hash__(self) -> int:
-        return self._hash
 
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Updates) and self._key == other._key)
+def update_each(
+    updates: Updates, slots: Any, params: Any, grads: Any, rows: Any
+) -> tuple[list[list[Array]], list[Array]]:
+    """New slots, as lists of arrays, and new parameters.
 
-
-def update_each(updates: Updates, slots: Any, params: Any, grads: Any, rows: Any) -> tuple[list[Any], list[Array]]:
-    """New slots and new parameters.
-
-    The slots come first, for JAX gives donated memory to the first outputs that fit: in the other order the
+    The slots come first, because JAX gives donated memory to the first outputs that fit: in the other order the
     parameters would take it, and every slot would be copied.
     """
     scalars = [updates.scalars(*row) for row in rows]
-    flags = [updates.flags[row] for row in updates.rows]
-    results = apply_each(updates.rule, flags, params, grads, slots, [scalars[row] for row in updates.rows])
-    return [slot for _, slot in results], [param for param, _ in results]
+    results = apply_each(
+        updates.rule,
+        [updates.flags[row] for row in updates.rows],
+        params,
+        grads,
+        [structure.unflatten(leaves) for structure, leaves in zip(updates.slots, slots, strict=True)],
+        [scalars[row] for row in updates.rows],
+    )
+    new_slots, new_params = [jax.tree.leaves(slot) for _, slot in results], [param for param, _ in results]
+    pins = [list(slots) for _, slots in updates.pins], [param for param, _ in updates.pins]
+    return pinned((new_slots, new_params), pins)
 
 
-class Donating:
-    """A compiled function that may take the memory of some arguments for its results.
+update_bucket = Program(update_each, static=1)
+SLOTS, PARAMS = 1, 2  # positions of its arguments that may be updated in place
 
-    Under ``grad`` it leaves them alone: the way back needs them again. Inside ``jit`` it makes no difference.
+
+class Store:
+    """Where the slots of several parameters are between steps.
+
+    Attributes:
+      handover: to be asked before looking.
+      rule: whose slots they are.
+      structures: of the slots of each parameter.
+      slots: for each parameter its slots, a list of arrays; ``None`` where somebody has taken them.
+      steps: updates done here.
+      whole: whether what a step is going to start from is still what it was.
     """
 
-    def __init__(self, function: Callable[..., Any], static: Sequence[str], donate: Sequence[str]):
-        self._donating = jax.jit(function, static_argnames=static, donate_argnames=donate)
-        self._keeping = jax.jit(function, static_argnames=static)
-        self.lower = self._donating.lower
+    __slots__ = ("handover", "rule", "slots", "steps", "structures", "whole")
 
-    def __call__(self, *args: Any) -> Any:
-        """What the function returns."""
-        kinds = set(map(type, jax.tree.leaves(args)))  # one by one, thousands of arrays would cost
-        return (self._keeping if any(issubclass(kind, Tracer) for kind in kinds) else self._donating)(*args)
+    def __init__(self, handover: Handover, rule: Rule, slots: Sequence[Any]):
+        self.handover, self.rule = handover, rule
+        self.structures = tuple(map(jax.tree.structure, slots))
+        self.slots: list[list[Array] | None] = [jax.tree.leaves(slot) for slot in slots]
+        self.steps = 0
+        self.whole = True
 
 
-update_bucket = Donating(update_each, ["updates"], ["slots"])
-update_bucket_in_place = Donating(update_each, ["updates"], ["slots", "params"])
+class Place(NamedTuple):
+    """Where the slots of a parameter are."""
+
+    store: Store
+    position: int
+    flags: Any  # under which the slots were made
+    shape: tuple[int, ...]  # of the parameter that they were made for
+    start: int  # updates done before those of the store
+
+    @property
+    def slots(self) -> Any:
+        """The present slots."""
+        return self.store.structures[self.position].unflatten(self.store.slots[self.position])
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return self.start + self.store.steps
+
+    def entries(self) -> dict[str, Any]:
+        """Slots and count, as PyTorch's state has them."""
+        return entries(self.store.rule, self.slots, self.step)
+
+    def names(self) -> Iterable[str]:
+        """The names of the entries."""
+        return self.entries().keys()
+
+    def leave(self) -> None:
+        """The slots are elsewhere now, or somebody has seen them: they must not be updated in place here."""
+        self.store.whole = False
+        self.store.slots[self.position] = None
 
 
 class Bucket:
-    """Parameters that one program updates. Between steps it keeps their slots.
+    """Parameters that one program updates: what the next step starts from.
 
     Attributes:
       updates: what is compiled in.
       boxes: the parameters.
-      values, slots: what the next step starts from.
+      values: of the parameters.
+      store: their slots.
     """
 
-    def __init__(self, rule: Rule, scalars: Any, members: Sequence[Member], shared: bool):
+    def __init__(self, handover: Handover, rule: Rule, scalars: Any, members: Sequence[Member], shared: bool):
         self.boxes = [member.parameter for member in members]
         self.values = [member.value for member in members]
-        self.slots = [member.slots for member in members]
-        self.steps = 0  # done by this bucket
-        self._whole = True
-        self._states: list[ParameterState | None] = [member.state for member in members]
+        self.store = Store(handover, rule, [member.slots for member in members])
+        self._entries = [member.state for member in members]
+        self._places = [
+            Place(self.store, index, member.flags, member.value.shape, member.step)
+            for index, member in enumerate(members)
+        ]
+        self._known = [member.known for member in members]  # by the optimizer's state
+        self._committed = False
         # Parameters of one group and step count share a row of scalars; or each has its own.
         keys = [(m.group, m.step) if shared else (m.group, m.step, index) for index, m in enumerate(members)]
         row = {key: index for index, key in enumerate(dict.fromkeys(keys))}
         flags = {member.group: member.flags for member in members}
         self._rows = [key[:2] for key in row]
-        self.updates = Updates(
-            rule, scalars, tuple(flags[group] for group, _ in self._rows), tuple(row[key] for key in keys)
+        slots = self.store.slots
+        self.updates = interned(
+            Updates,
+            rule,
+            scalars,
+            tuple(flags[group] for group, _ in self._rows),
+            tuple(row[key] for key in keys),
+            self.store.structures,
+            tuple((pin(value), tuple(map(pin, slot or ()))) for value, slot in zip(self.values, slots, strict=True)),
+            tuple(
+                (member.signature, kind(member.value), member.grad_kind, tuple(map(kind, slot or ())))
+                for member, slot in zip(members, slots, strict=True)
+            ),
         )
-        for index, member in enumerate(members):
-            member.state.move(Place(self, index, member.flags, member.step))
+        for entry in self._entries:
+            entry.claimed(self.store)
 
     def fits(self, state: Mapping[Parameter, ParameterState]) -> bool:
-        """Whether values and slots are what the last step has left."""
+        """Whether the next step starts from these values and slots."""
         return (
-            self._whole
+            self.store.whole
             and all(map(is_, self.values, [box.value for box in self.boxes]))
-            and all(map(is_, self._states, map(state.get, self.boxes)))
+            and all(map(is_, self._known, map(state.get, self.boxes)))
         )
 
     def scalars(self, hypers: Sequence[Any], known: dict[tuple[int, int], Any]) -> Any:
         """The rows of scalars for the next step, as one array; ``known`` collects those of a group and a count."""
         rows = []
         for group, step in self._rows:
-            key = group, step + self.steps + 1
+            key = group, step + self.store.steps + 1
             if key not in known:
                 known[key] = list(map(concrete, self.updates.rule.scalars(key[1], hypers[group])))
             rows.append(known[key])
@@ -218,52 +318,30 @@ class Bucket:
             return rows
         return np.array(rows)
 
-    def commit(self, slots: list[Any], params: list[Array], state: MutableMapping[Parameter, ParameterState]) -> None:
-        """Take the results of an update."""
-        # The slots at once: the old ones were donated, and an interrupt must not lose the new ones.
-        self.slots, self.values, self.steps = slots, params, self.steps + 1
-        for box, param in zip(self.boxes, params, strict=True):
-            box.write(param)
-        if self.steps == 1:
-            # Where there is nothing to keep, as for SGD without momentum, PyTorch has no state.
-            kept = [bool(entries(self.updates.rule, slot, 1)) for slot in slots]
-            self._states = [entry if keep else None for entry, keep in zip(self._states, kept, strict=True)]
-            state.update((box, entry) for box, entry in zip(self.boxes, self._states, strict=True) if entry is not None)
+    def take(self, slots: list[Any], params: list[Array], steps: int) -> None:
+        """Keep the results of the program; ``steps`` are done then."""
+        self.store.slots, self.store.steps, self.values = slots, steps, params
+
+    def write_back(self, state: MutableMapping[Parameter, ParameterState]) -> None:
+        """Show the results to the user: in the parameters, and in the optimizer's state."""
+        for box, param in zip(self.boxes, self.values, strict=True):
+            box._write(param)
+        if self._committed and self.store.whole:
+            return
+        # The first time; or somebody has looked at the slots before the program, which left them alone, has returned.
+        self.store.whole = True
+        for index, (box, entry, place) in enumerate(zip(self.boxes, self._entries, self._places, strict=True)):
+            if place.entries():
+                entry.move(place, self.store.handover)
+                entry.claimed(self.store)
+                self._known[index] = state[box] = entry
+            else:  # Where there is nothing to keep, as for SGD without momentum, PyTorch has no state.
+                self._known[index] = None
+        self._committed = True
 
     def drop(self) -> None:
-        """Only the slots are of further use."""
-        self.values, self._whole = [], False
-
-    def remove(self, index: int) -> None:
-        """A parameter's slots are elsewhere now, or somebody has seen them: they must not be donated from here."""
-        self.slots[index], self._whole = None, False
-
-
-class Place(NamedTuple):
-    """Where the slots of a parameter are."""
-
-    bucket: Bucket
-    position: int
-    flags: Any  # under which the slots were made
-    start: int  # updates done before those of the bucket
-
-    @property
-    def slots(self) -> Any:
-        """The present slots."""
-        return self.bucket.slots[self.position]
-
-    @property
-    def step(self) -> int:
-        """Updates done."""
-        return self.start + self.bucket.steps
-
-    def entries(self) -> dict[str, Any]:
-        """Slots and count, as PyTorch's state has them."""
-        return entries(self.bucket.updates.rule, self.slots, self.step)
-
-    def leave(self) -> None:
-        """See :meth:`Bucket.remove`."""
-        self.bucket.remove(self.position)
+        """Release the values; of further use are only the slots."""
+        self.values, self.store.whole = [], False
 
 
 def entries(rule: Rule, slots: Any, step: int) -> dict[str, Any]:
@@ -272,16 +350,70 @@ def entries(rule: Rule, slots: Any, step: int) -> dict[str, Any]:
     return count | {name: slot for name, slot in slots._asdict().items() if slot is not None}
 
 
-class Plan(NamedTuple):
-    """The buckets of a step, for as long as the next step is of the same kind."""
+class Plan:
+    """The buckets of a step, for as long as the next step is of the same kind.
 
-    key: Any
-    buckets: list[Bucket]
+    Attributes:
+      key: what must be equal in the next step.
+      buckets: in the order of their programs' calls.
+    """
+
+    def __init__(self, key: Any, buckets: list[Bucket]):
+        self.key, self.buckets = key, buckets
+
+    def calls(self, grads: Mapping[Parameter, Any], rows: Sequence[Any], in_place: bool) -> list[Call]:
+        """The calls of :data:`update_bucket`, which may update parameters in place, too."""
+        values = [bucket.values for bucket in self.buckets]
+        if in_place:
+            rest = iter(distinct(list(itertools.chain(*values)), list(grads.values())))
+            values = [[next(rest) for _ in part] for part in values]
+        return [
+            Call((b.updates,), (b.updates, b.store.slots, part, [grads[box] for box in b.boxes], row))
+            for b, part, row in zip(self.buckets, values, rows, strict=True)
+        ]
+
+    def commit(self, state: MutableMapping[Parameter, ParameterState]) -> Callable[[Sequence[Any]], None]:
+        """What takes the results of the next step over."""
+        steps = [bucket.store.steps + 1 for bucket in self.buckets]
+
+        def commit(results: Sequence[Any]) -> None:
+            done = list(zip(self.buckets, steps, results, strict=False))
+            for bucket, count, (slots, params, *_) in done:  # all slots first: there is no other copy of them
+                bucket.take(slots, params, count)
+            for bucket, _, _ in done:
+                bucket.write_back(state)
+
+        return commit
 
     def drop(self) -> None:
         """See :meth:`Bucket.drop`."""
         for bucket in self.buckets:
             bucket.drop()
+
+
+def distinct(arrays: Sequence[Array], others: Any) -> list[Array]:
+    """The arrays, with copies of those that occur again, or among the others: these cannot all be updated in place."""
+    seen = set(map(id, jax.tree.leaves(others)))
+    result = []
+    for array in arrays:
+        result.append(copied_array(array) if id(array) in seen else array)
+        seen.add(id(array))
+    return result
+
+
+@functools.cache
+def slot_types(
+    rule: Rule, hyperparameters: Hyperparameters, flags: Any, shape: tuple[int, ...], dtype: Any
+) -> dict[str, Any]:
+    """Shape and dtype of each slot that a parameter has under these flags, ``None`` for one that it does not have."""
+    kinds = hyperparameters.kinds.items()
+    zeros = {key: (0.0,) * len(kind.items) or 0.0 for key, kind in kinds if isinstance(kind, Numeric)}
+    hyper = hyperparameters.hyper(zeros | flags._asdict())
+    param = jax.ShapeDtypeStruct(shape, dtype)
+    return jax.eval_shape(lambda param: rule.init(param, hyper, flags), param)._asdict()
+
+
+# --- Which parameters share a program ---------------------------------------------------------------------------------
 
 
 def layout(members: Sequence[Member]) -> list[list[int]]:

@@ -1,5 +1,6 @@
 """Trees of parameters and of gradients: flattening, names of leaves, and gradients that do not fit."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,16 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
+from optimjax.placement import sharding_of
 from optimjax.sparse import addressed, is_sparse
 
 __all__ = [
     "check_gradient",
+    "copied_array",
     "distinct_names",
     "dotted",
     "flatten_params",
     "from_tensor",
     "is_inexact_array",
+    "is_torch_module",
     "kind_of",
     "match",
     "names",
@@ -29,6 +34,12 @@ def dotted(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator=".")
 
 
+def is_torch_module(x: Any) -> bool:
+    """Whether this is a module of PyTorch, which is looked for only if somebody has imported it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.nn.Module)
+
+
 def from_tensor(x: Any) -> Any:
     """The array of a PyTorch tensor; anything else as it is."""
     if not hasattr(x, "detach"):
@@ -38,6 +49,11 @@ def from_tensor(x: Any) -> Any:
         return tensor.numpy()
     except TypeError:  # bfloat16, which NumPy lacks
         return jnp.array(jnp.from_dlpack(tensor.contiguous()), copy=True)
+
+
+def copied_array(array: Array) -> Array:
+    """Another array with these values in the same place, without compiling a copy for each shape."""
+    return array if isinstance(array, Tracer) else jax.device_put(array, sharding_of(array), may_alias=False)
 
 
 def distinct_names(paths: Sequence[Any]) -> list[str]:

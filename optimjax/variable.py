@@ -36,9 +36,9 @@ class VariableParameter(Parameter):
 
     @value.setter
     def value(self, value: Any) -> None:
-        self.write(self._checked(value))
+        self._write(self._checked(value))
 
-    def write(self, value: Array) -> None:
+    def _write(self, value: Array) -> None:
         """Set the variable's array without checks."""
         self.variable.set_value(value)
 

@@ -625,6 +625,9 @@ jax.tree_util.register_pytree_node(
 def test_only_a_loss_function_will_do() -> None:
     params = CallableTree(x=jnp.array([-1.2, 1.0]))
     optimizer = optim.LBFGS(params)
+    for arguments in ({"closure": lambda: 0.0}, {"loss_fn": lambda: 0.0}):
+        with pytest.raises(TypeError, match=r"<lambda>\(\) must not call backward.*def <lambda>\(model, x, y\)"):
+            optimizer.step(**arguments)
     for given in ((), (None,), ({"x": jnp.ones(2)},), (jnp.ones(2),), (CallableTree(x=jnp.ones(2)),)):
         with pytest.raises(TypeError, match=r"step\(loss_fn, \*args\), neither step\(\) nor step\(grads\)"):
             optimizer.step(*given)

@@ -220,8 +220,9 @@ def test_groups_share_products_where_only_numbers_differ() -> None:
         ]
     )
     grads = {box: jnp.ones((8, 16)) for group in optimizer.param_groups for box in group["params"]}
-    (bucket,), (row,) = optimizer._planned(grads)
-    text = update_bucket.lower(bucket.updates, bucket.slots, bucket.values, list(grads.values()), row).as_text()
+    plan, rows = optimizer._planned(grads)
+    (call,) = plan.calls(grads, rows, in_place=False)
+    text = update_bucket.donating((1,)).lower(*call.args).as_text()
     assert products(text) == 6  # five matrices, and one
 
 

@@ -792,7 +792,11 @@ def test_gradients_of_a_module_that_do_not_fit() -> None:
         (lambda o: o.add_param_group({"lr": 1.0}), ValueError, "no 'params'"),
         (lambda o: o.add_param_group({"params": {"z": jnp.ones(2)}, "lr": -1}), ValueError, "rate: -1"),
         (lambda o: o.add_param_group({"params": {"z": jnp.ones(2)}, "lr": "fast"}), TypeError, "'fast'"),
-        (lambda o: o.add_param_group({"params": {"z": jnp.ones(2)}, "momentum": 1}), TypeError, "option 'momentum'"),
+        (
+            lambda o: o.add_param_group({"params": {"z": jnp.ones(2)}, "weight_decy": 1}),
+            TypeError,
+            "option 'weight_decy'.*'weight_decay'",
+        ),
         (lambda o: o.add_param_group({"params": o.param_groups[0]["params"][:1]}), ValueError, "more than one|names"),
         (
             lambda o: o.add_param_group({"params": [("b", o.param_groups[0]["params"][0])]}),
@@ -823,7 +827,7 @@ def test_a_group_that_was_appended_by_hand_is_told_how() -> None:
 def test_a_number_in_text_is_no_number() -> None:
     optimizer = two_groups()
     optimizer.param_groups[1]["lr"] = "0.1"
-    with pytest.raises(ValueError, match="which is no number: it is a string"):
+    with pytest.raises(ValueError, match="which is not a number: it is a string"):
         optimizer.step([GOOD, H])
 
 
@@ -854,7 +858,11 @@ def test_a_group_value_that_is_no_number_is_named() -> None:
         (lambda: [("b", optim.Parameter(1.0)), ("b", optim.Parameter(1.0))], ValueError, "differ"),
         (lambda: [optim.Parameter(1.0)] * 2, ValueError, "more than once"),
         (lambda: groups([box := optim.Parameter(1.0)], [box]), ValueError, "more than one parameter group"),
-        (lambda: [{"params": [optim.Parameter(1.0)], "lrs": 1}], TypeError, r"unknown option 'lrs'.*\[0\]\['lrs'\] ="),
+        (
+            lambda: [{"params": [optim.Parameter(1.0)], "lrs": 1}],
+            TypeError,
+            r"unknown option 'lrs' of param_groups\[0\].*mean 'lr'",
+        ),
         (lambda: 3, TypeError, "must hold parameters, got int: 3"),
         (lambda: None, TypeError, "must hold parameters, got NoneType"),
         (lambda: "w", TypeError, "must hold parameters, got str: 'w'"),
@@ -1081,8 +1089,8 @@ def test_keywords_from_a_hook_are_those_of_step() -> None:
         optimizer.step()
     np.testing.assert_array_equal(box.value, [-2, -2])
     with (
-        optimizer.register_step_pre_hook(lambda _, args, kwargs: (args, {"closure": 1})),
-        pytest.raises(TypeError, match="unexpected keyword argument 'closure'"),
+        optimizer.register_step_pre_hook(lambda _, args, kwargs: (args, {"grads": 1})),
+        pytest.raises(TypeError, match="unexpected keyword argument 'grads'"),
     ):
         optimizer.step([jnp.ones(2)])
     np.testing.assert_array_equal(box.value, [-2, -2])
@@ -1406,9 +1414,10 @@ def test_donate_updates_parameters_in_place(by_loss: bool) -> None:
 
 def test_with_donate_a_compiled_step_needs_no_memory_of_its_own() -> None:
     optimizer = optim.Adam([jnp.ones((256, 256)) for _ in range(3)], lr=0.1)
-    (bucket,), (row,) = optimizer._planned(dict.fromkeys(optimizer._parameters(), jnp.ones((256, 256))))
-    update = optim.step.update_bucket_in_place
-    compiled = update.lower(bucket.updates, bucket.slots, bucket.values, bucket.values, row).compile()
+    grads = {box: jnp.ones((256, 256)) for box in optimizer._parameters()}
+    plan, rows = optimizer._planned(grads)
+    (call,) = plan.calls(grads, rows, in_place=True)
+    compiled = optim.step.update_bucket.donating((1, 2)).lower(*call.args).compile()
     memory: Any = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < 1000
     assert memory.alias_size_in_bytes == 9 * 256 * 256 * 4

@@ -265,7 +265,7 @@ def test_the_class_updates_its_state_in_place_and_the_table_when_told(donate: bo
 
     def places() -> list[int]:
         (bucket,) = optimizer._plan.buckets  # reading the state would protect it
-        return [array.unsafe_buffer_pointer() for array in (optimizer.params, *bucket.slots[0])]
+        return [array.unsafe_buffer_pointer() for array in (optimizer.params, *bucket.store.slots[0])]
 
     before = places()
     optimizer.step(grad)

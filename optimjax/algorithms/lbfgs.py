@@ -49,7 +49,9 @@ Differs from optax:
 
 from __future__ import annotations  # signatures then show `LearningRate`, not what it stands for
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -57,14 +59,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from optimjax.handover import Call, Launch, kinds
+from optimjax.interned import interned
 from optimjax.lift import Algorithm, check_overrides, factory
 from optimjax.line_search import Point, strong_wolfe
-from optimjax.loss import value_and_grad
+from optimjax.loss import Cut, takes_no_arguments, value_and_grad
 from optimjax.optimizer import Optimizer
 from optimjax.parameter import Parameter
 from optimjax.rule import LearningRate, Number, Numeric, Structural
 from optimjax.state_dict import as_count, slot_array
-from optimjax.step import ParameterState
+from optimjax.step import ParameterState, distinct
 from optimjax.tree import check_gradient, flatten_params, match, names
 from optimjax.vector import Layout, dot, largest
 
@@ -77,6 +81,7 @@ COUNTS = ("func_evals", "n_iter")
 HISTORY = ("old_dirs", "old_stps", "ro")
 VECTORS = ("d", "old_dirs", "old_stps", "prev_flat_grad")
 ENTRIES = (*COUNTS, "d", "t", *HISTORY, "H_diag", "prev_flat_grad", "prev_loss")
+SCRATCH = "al"  # what PyTorch keeps there, too, and overwrites
 
 
 class LBFGSState(NamedTuple):
@@ -340,44 +345,51 @@ def algorithm(hyperparameters: Any, values: Mapping[str, Any]) -> Algorithm:
 # --- The facade -------------------------------------------------------------------------------------------------------
 
 
-def _step(
-    loss_fn: Any,
-    cut: Any,
-    layout: Layout,
-    line_search_fn: Any,
-    state: LBFGSState,
-    params: Any,
-    traced: Any,
-    scalars: Any,
-) -> tuple[LBFGSState, list[Array], Array, list[Array]]:
+class Problem:
+    """What is compiled into the program of a step. Equal ones are one object."""
+
+    def __init__(self, cut: Cut, layout: Layout, history_size: int, line_search_fn: str | None):
+        self.cut, self.layout, self.line_search_fn = cut, layout, line_search_fn
+
+
+def run(
+    loss_fn: Callable[..., Any], problem: Problem, state: list[Array], params: Any, traced: Any, scalars: Scalars
+) -> tuple[list[Array], list[Array], Array, list[Array]]:
     """One call in one program: ``(state, params, loss at the beginning, what the loss has changed in modules)``."""
+    layout = problem.layout
     # What the loss changes in a module, batch statistics or random state, goes from each evaluation to the next.
-    changing = [index for role, index in cut.state_roles if role == "traced"]
+    changing = [index for role, index in problem.cut.state_roles if role == "traced"]
+    # Compiled by itself, so that the loss is traced once for both of the places that it stands in.
+    differentiated = jax.jit(functools.partial(value_and_grad, loss_fn, problem.cut, False))
 
     def evaluate(params: list[Array], changed: list[Array]) -> tuple[Array, Array, list[Array]]:
         arrays = list(traced)
         for index, array in zip(changing, changed, strict=True):
             arrays[index] = array
-        loss, _, changed, _, grads = value_and_grad(loss_fn, cut, False, params, arrays, [None] * len(params))
+        loss, _, changed, _, grads = differentiated(params, arrays, [None] * len(params))
         return loss, gradient(layout, grads), changed
 
     loss, grad, changed = evaluate(params, [traced[index] for index in changing])
-    state, x, changed = minimize(
+    x = layout.flatten(params)
+    new, x, changed = minimize(
         lambda x, changed: evaluate(layout.unflatten(x), changed),
-        layout.rounded, line_search_fn, state, layout.flatten(params), loss, grad, changed, scalars,
+        layout.rounded, problem.line_search_fn, LBFGSState(*state), x, loss, grad, changed, scalars,
     )  # fmt: skip
-    return state, layout.unflatten(x), loss, changed
+    return list(new), layout.unflatten(x), loss, changed
 
 
-_STATIC = ("loss_fn", "cut", "layout", "line_search_fn")
-_step_copying = jax.jit(_step, static_argnames=_STATIC, donate_argnames="state")
-_step_in_place = jax.jit(_step, static_argnames=_STATIC, donate_argnames=("state", "params"))
+STATE, PARAMS = 1, 2  # positions of its arguments, without the loss function, that may be updated in place
 
 
-class Kept(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Kept:
     """The state between two steps, for as long as nobody has looked at it."""
 
     state: LBFGSState
+
+    def names(self) -> tuple[str, ...]:
+        """The names of the entries."""
+        return ENTRIES
 
     def entries(self) -> dict[str, Any]:
         """As PyTorch's state has it: counts as numbers, the history as lists, the oldest first."""
@@ -520,46 +532,65 @@ class LBFGS(Optimizer):
             raise ValueError("LBFGS doesn't support per-parameter options (parameter groups)")
         super().add_param_group(param_group)
 
-    def step(self, loss_fn: Any = None, *args: Any) -> Array:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, loss_fn: Any = None, *args: Any, closure: Any = None) -> Array:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Up to ``max_iter`` iterations, in one compiled program.
 
         Args:
           loss_fn: returns a real scalar; called as by :meth:`optimjax.Optimizer.backward`, except that what it writes
             into an ``nnx.Param`` is not kept: the line search sets the parameters.
           args: its further arguments.
+          closure: another name for ``loss_fn``.
 
         Returns:
           The loss at the beginning, as in PyTorch.
 
         Raises:
-          TypeError: no loss function. The loss is evaluated at points of the optimizer's choice, so that gradients
-            alone will not do.
+          TypeError: no loss function, or PyTorch's closure, which takes no arguments. The loss is evaluated at points
+            of the optimizer's choice, so that gradients alone will not do.
         """
+        if closure is not None:
+            loss_fn = closure
+        if callable(loss_fn) and not args and not self._losses.knows(loss_fn) and takes_no_arguments(loss_fn):
+            name = getattr(loss_fn, "__name__", "closure")
+            raise TypeError(
+                f"LBFGS evaluates the loss many times inside one compiled program, so {name}() must not call backward "
+                f"itself: write a function of the model that returns the loss, def {name}(model, x, y), and call "
+                f"optimizer.step({name}, x, y)"
+            )
         if not callable(loss_fn) or self._are_gradients(loss_fn):
             raise TypeError(
                 "LBFGS evaluates the loss itself: it takes step(loss_fn, *args), neither step() nor step(grads); got "
                 f"{type(loss_fn).__name__}: {loss_fn!r}"
             )
-        (group,) = self.param_groups
-        self.hyperparameters.check_structural(group)
-        hyper, _ = self._resolve(group, " of param_groups[0]")
-        call = self._capture(loss_fn, args)
-        layout = self._layout_of(call.boxes)
-        run = _step_in_place if self.donate else _step_copying
-        state, params, loss, changed = run(
-            loss_fn,
-            call.cut,
-            layout,
-            group["line_search_fn"],
-            self._present(layout, group["history_size"]),
-            call.differentiated,
-            call.traced,
-            Scalars(*[getattr(hyper, name) for name in Scalars._fields]),
-        )
-        self._keep(state)
-        call.write_back(changed)
-        for box, param in zip(call.boxes, params, strict=True):
-            box.write(_placed_like(box.value, param))
+        loss_function = self._loss_function(loss_fn)
+        program = loss_function.program(run, static=1)
+        first = self._parameters()[0]
+
+        def plan() -> Launch:
+            (group,) = self.param_groups
+            self.hyperparameters.check_structural(group)
+            hyper, _ = self._resolve(group, " of param_groups[0]")
+            call = self._captured(loss_function, args)
+            layout = self._layout_of(call.boxes)
+            size = group["history_size"]
+            problem = interned(Problem, call.cut, layout, size, group["line_search_fn"])
+            params = distinct(call.differentiated, call.traced) if self.donate else call.differentiated
+
+            def commit(results: list[Any]) -> None:
+                ((state, params, _, changed),) = results
+                entry = ParameterState.of(self.state.get(first, {}))
+                entry.move(Kept(LBFGSState(*state)), self._handover)
+                self.state[first] = entry
+                call.write_back(changed)
+                for box, param in zip(call.boxes, params, strict=True):
+                    box._write(_placed_like(box.value, param))
+
+            scalars = Scalars(*[getattr(hyper, name) for name in Scalars._fields])
+            arguments = problem, list(self._present(layout, size)), params, call.traced, scalars
+            donated = (STATE, PARAMS) if self.donate else (STATE,)
+            return Launch(program, donated, [Call((problem, *kinds(call.traced)), arguments)], commit)
+
+        ((_, _, loss, _),) = self._handover.launch(plan)
         return loss
 
     def _layout_of(self, moving: Sequence[Parameter]) -> Layout:
@@ -568,32 +599,28 @@ class LBFGS(Optimizer):
         return Layout.of([box.value for box in boxes], [position[box] for box in moving])
 
     def _present(self, layout: Layout, history_size: int) -> LBFGSState:
-        """The state that a step may donate: that of the last one, or a new one where somebody has seen or set it."""
-        entry = ParameterState.of(self.state.get(self._parameters()[0], {}))
+        """The state that a step may update in place: that of the last one, or a new one of what somebody has seen."""
+        first = self._parameters()[0]
+        entry = ParameterState.of(self.state.get(first, {}))
         if isinstance(entry.place, Kept) and len(entry.place.state.ro) == history_size:
             return entry.place.state
-        return from_entries(entry, layout, history_size)
+        return from_entries(self._checked(first, dict(entry), "state") if entry else {}, layout, history_size)
 
-    def _keep(self, state: LBFGSState) -> None:
-        first = self._parameters()[0]
-        entry = self.state[first] = ParameterState.of(self.state[first])
-        entry.place = None  # its arrays were donated
-        for name in ENTRIES:
-            entry.pop(name, None)
-        entry.place = Kept(state)
+    @classmethod
+    def _state_names(cls) -> tuple[str, ...]:
+        return (*ENTRIES, SCRATCH)
 
-    def _slot_shapes(self, group: Mapping[str, Any], where: str) -> None:
-        super()._slot_shapes(group, where)
-        self._resolve(group, where)
-
-    def _checked(self, box: Parameter, entries: dict[str, Any]) -> dict[str, Any]:
-        where = f"loaded state of parameter {str(box)!r}"
+    def _checked(self, box: Parameter, entries: dict[str, Any], what: str = "loaded state") -> dict[str, Any]:
+        where = f"{what} of parameter {str(box)!r}"
         if box is not self._parameters()[0]:
             raise ValueError(f"{where}: LBFGS keeps the state of all parameters with the first one")
-        entries = {name: value for name, value in entries.items() if value is not None and name != "al"}  # scratch
-        unknown = [name for name in entries if name not in ENTRIES]
-        if unknown:
-            raise ValueError(f"{where} has {unknown[0]!r}, which {type(self).__name__} does not keep")
+        own = {name: value for name, value in entries.items() if name not in self._state_names()}
+        strange = [name for name in own if name in self._names_of_others()]
+        if strange:
+            raise ValueError(f"{where} has {strange[0]!r}, which {type(self).__name__} does not keep")
+        entries = {name: entries[name] for name in ENTRIES if entries.get(name) is not None}
+        if not entries:
+            return own
         wanted = ENTRIES if entries.keys() - COUNTS else COUNTS  # before the first iteration there are only counts
         absent = [name for name in wanted if name not in entries]
         if absent:
@@ -615,7 +642,7 @@ class LBFGS(Optimizer):
             checked[name] = numbers if name in HISTORY else numbers[0]
         if len(lengths) > 1:
             raise ValueError(f"{where}: {', '.join(HISTORY)} must be of one length, got {sorted(lengths)}")
-        return checked
+        return checked | own
 
 
 lbfgs = factory(LBFGS)

@@ -114,7 +114,7 @@ class _Before:
             present.clear()
             present.update(kept)
         for box, value, grad in self._boxes:
-            box.write(value)
+            box._write(value)
             box.grad = grad
         state = self._optimizer.state
         for box, _, _ in self._boxes:
