@@ -548,19 +548,18 @@ class LBFGS(Optimizer):
           TypeError: no loss function, or PyTorch's closure, which takes no arguments. The loss is evaluated at points
             of the optimizer's choice, so that gradients alone will not do.
         """
-        if closure is not None:
-            loss_fn = closure
-        if callable(loss_fn) and not args and not self._losses.knows(loss_fn) and takes_no_arguments(loss_fn):
+        loss_fn = loss_fn if closure is None else closure
+        if not callable(loss_fn) or self._are_gradients(loss_fn):
+            raise TypeError(
+                "LBFGS evaluates the loss itself: it takes step(loss_fn, *args), neither step() nor step(grads); got "
+                f"{type(loss_fn).__name__}: {loss_fn!r}"
+            )
+        if not args and not self._losses.knows(loss_fn) and takes_no_arguments(loss_fn):
             name = getattr(loss_fn, "__name__", "closure")
             raise TypeError(
                 f"LBFGS evaluates the loss many times inside one compiled program, so {name}() must not call backward "
                 f"itself: write a function of the model that returns the loss, def {name}(model, x, y), and call "
                 f"optimizer.step({name}, x, y)"
-            )
-        if not callable(loss_fn) or self._are_gradients(loss_fn):
-            raise TypeError(
-                "LBFGS evaluates the loss itself: it takes step(loss_fn, *args), neither step() nor step(grads); got "
-                f"{type(loss_fn).__name__}: {loss_fn!r}"
             )
         loss_function = self._loss_function(loss_fn)
         program = loss_function.program(run, static=1)
