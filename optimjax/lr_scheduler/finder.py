@@ -68,7 +68,7 @@ def find_lr(
         optimizer.donate = False  # or the parameters that are to be put back would be gone
         for rate, batch in zip(rates, _again_and_again(batches), strict=False):
             args = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-            before.note_variables(optimizer._capture(loss_fn, args).variables)
+            before.note_variables(optimizer._captured(optimizer._loss_function(loss_fn), args).variables)
             for group in optimizer.param_groups:
                 write(group, "lr", float(rate))
             losses.append(float(optimizer.step(loss_fn, *args)))
