@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from interrupts import interrupted_everywhere
 from jax.experimental.sparse import BCOO
 
 import optimjax as optim
+from optimjax import clip as clipping
 
 INF = float("inf")
 GRADS = [np.array([3.0, -4.0]), np.array([[0.5, 0.0], [1.0, 2.0]]), np.array(-0.25)]
@@ -187,7 +189,7 @@ def test_an_exhausted_generator_warns_as_in_pytorch(torch: Any) -> None:
     ("parameters", "found"),
     [
         (nnx.Linear(2, 3, rngs=nnx.Rngs(0)), "Linear"),
-        ({"w": optim.Parameter(1.0)}, "str"),
+        ({"w": optim.Parameter(1.0)}, "dict"),
         ([optim.Parameter(1.0), jnp.ones(2)], "ArrayImpl"),
         ([("w", optim.Parameter(1.0))], "tuple"),
         (None, "NoneType"),
@@ -196,7 +198,7 @@ def test_an_exhausted_generator_warns_as_in_pytorch(torch: Any) -> None:
     ids=["module", "dict", "arrays", "named", "None", "number"],
 )
 def test_what_are_no_parameters(clip: Any, parameters: Any, found: str) -> None:
-    with pytest.raises(TypeError, match=f"must be Parameters or an optimizer, but one of them is a {found}: give"):
+    with pytest.raises(TypeError, match=f"must be Parameters or an optimizer, but this is a {found}: give"):
         clip(parameters, 1.0)
 
 
@@ -213,7 +215,9 @@ def test_a_norm_that_is_none(norm_type: Any, error: Any) -> None:
     assert box.grad.tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("limit", [None, "1", [1.0], np.ones(2), {"w": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "limit", [None, "1", [1.0], np.ones(2), {"w": 1.0}, 1j, np.complex64(1), np.str_("1"), np.array(None)], ids=str
+)
 def test_a_limit_that_is_no_number(limit: Any) -> None:
     (box,) = boxes([np.ones(2, np.float32)])
     for clip, name in ((optim.clip_grad_norm_, "max_norm"), (optim.clip_grad_value_, "clip_value")):
@@ -223,6 +227,13 @@ def test_a_limit_that_is_no_number(limit: Any) -> None:
         with pytest.raises(TypeError, match=f"{name} must be a number"):
             pure({"w": jnp.ones(2)}, limit)
     assert box.grad.tolist() == [1, 1]
+
+
+def test_a_limit_that_is_too_large() -> None:
+    (box,) = boxes([np.ones(2, np.float32)])
+    for clip, name in ((optim.clip_grad_norm_, "max_norm"), (optim.clip_grad_value_, "clip_value")):
+        with pytest.raises(ValueError, match=f"{name} must be a number that fits into a float, got 10000"):
+            clip(box, 10**400)
 
 
 @pytest.mark.parametrize("clip", [optim.clip_grad_norm, optim.clip_grad_value])
@@ -328,21 +339,131 @@ def _norm_of(w: Any, grads: Any, norm_type: Any) -> Any:
     return optim.clip_grad_norm(grads | {"w": w}, 1.0, norm_type)[1]
 
 
-def test_new_limits_and_patterns_of_gradients_compile_nothing(compilations: Any) -> None:
-    made = boxes([np.full(3, i + 1, np.float32) for i in range(6)])
+# --- Programs -------------------------------------------------------------------------------------------------------
 
-    def clip(present: int, limit: float) -> None:
-        for i, box in enumerate(made):
-            box.grad = jnp.full(3, i, jnp.float32) if present >> i & 1 else None
-        optim.clip_grad_norm_(made, limit)
-        optim.clip_grad_value_(made, limit)
 
-    for count in range(7):
-        clip(2**count - 1, 1.0)
+def test_all_gradients_go_through_one_program(compilations: Any) -> None:
+    made = boxes([np.ones((1, n), np.float32) for n in range(1, 7)])
+    for clip in (optim.clip_grad_norm_, optim.clip_grad_value_):
+        before = compilations()
+        clip(made, 1.0)
+        assert compilations() == before + 1
+    grads = {"w": jnp.ones((2, 1)), "b": [jnp.ones((3, 1))]}
+    for pure in (optim.clip_grad_norm, optim.clip_grad_value):
+        before = compilations()
+        pure(grads, 1.0)
+        assert compilations() == before + 1
+
+
+LIMITS = [
+    2.0, 3, True, np.float64(4), np.float32(5), np.int64(6), np.array(7.0), np.array(8), np.float16(9), float("inf")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", [32, 64])
+def test_no_kind_of_limit_compiles(compilations: Any, precision: int, request: Any) -> None:
+    if precision == 64:
+        request.getfixturevalue("x64")
+    grads = [jnp.full((2, precision), 6, jnp.float32), jnp.full(3, 6, jnp.bfloat16)]
+    limits = [*LIMITS, jnp.asarray(2.0), jnp.array(3), jnp.float32(4), jnp.array(5, jnp.bfloat16)]
+    assert any(limit.weak_type for limit in limits if isinstance(limit, jax.Array))
+    optim.clip_grad_norm(grads, 1.0)
+    optim.clip_grad_value(grads, 1.0)
     before = compilations()
-    for present in (5, 9, 21, 42, 50, 33, 62):
-        clip(present, 1.0 / present)
+    results = [(optim.clip_grad_norm(grads, limit)[0], optim.clip_grad_value(grads, limit)) for limit in limits]
     assert compilations() == before
+    for limit, (scaled, clamped) in zip(limits, results, strict=True):
+        scale, bound = min(1, float(limit) / (6 * np.sqrt(2 * precision + 3))), min(6, float(limit))
+        for each, expected in ((scaled, 6 * scale), (clamped, bound)):
+            assert [grad.dtype for grad in each] == [jnp.float32, jnp.bfloat16]
+            np.testing.assert_allclose(np.asarray(each[0]), expected, rtol=1e-5)
+
+
+@pytest.fixture
+def two_selections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two selections of gradients have programs of their own; none has one yet."""
+    monkeypatch.setattr(clipping, "SELECTIONS", 2)
+    monkeypatch.setattr(clipping, "_seen", set())
+
+
+@pytest.mark.usefixtures("two_selections")
+def test_ever_new_selections_of_gradients_compile_only_so_many_programs(compilations: Any) -> None:
+    shapes = [(5, 1 + i % 3) for i in range(9)]
+    made = boxes([np.ones(shape, np.float32) for shape in shapes])
+    rng, counts = np.random.default_rng(0), []
+    for _ in range(40):
+        present = rng.integers(0, 2, 9)
+        for box, shape, chosen in zip(made, shapes, present, strict=True):
+            box.grad = np.full(shape, 2.0, np.float32) if chosen else None
+        norm = np.sqrt(sum(4 * np.prod(shape) for shape, chosen in zip(shapes, present, strict=True) if chosen))
+        np.testing.assert_allclose(optim.clip_grad_norm_(made, 1.0), norm, rtol=1e-5)
+        for box in made:
+            assert box.grad is None or np.allclose(box.grad, 2 / norm)
+        optim.clip_grad_value_(made, 1.0)
+        counts.append(compilations())
+    assert counts[-1] == counts[25], counts
+
+
+@pytest.mark.usefixtures("x64", "two_selections")
+@pytest.mark.parametrize("norm_type", [0.5, 2, INF])
+def test_programs_of_a_few_gradients_give_the_same(norm_type: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = BCOO((jnp.array([[3.0, 1.0], [4.0, 0.0]]), jnp.array([[1], [1]])), shape=(5, 2))
+    grads = [jnp.full(2, float(i)) for i in range(7)] + [jnp.ones(3, jnp.bfloat16), jnp.array([1 + 2j]), table, table]
+    whole, norm = optim.clip_grad_norm(grads, 1.0, norm_type)
+    clamped = optim.clip_grad_value(grads, 1.0)
+    monkeypatch.setattr(clipping, "SELECTIONS", 0)
+    clipping._seen.clear()
+    parts, again = optim.clip_grad_norm(grads, 1.0, norm_type)
+    np.testing.assert_allclose(again, norm, rtol=1e-12)
+    for ours, expected in ((parts, whole), (optim.clip_grad_value(grads, 1.0), clamped)):
+        assert jax.tree.structure(ours) == jax.tree.structure(expected)
+        for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+            assert one.dtype == other.dtype
+            np.testing.assert_allclose(np.asarray(one, complex), np.asarray(other, complex), rtol=1e-12)
+
+
+def test_selections_that_jax_traces_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clipping, "_seen", seen := set())
+    jax.jit(lambda grads: optim.clip_grad_norm(grads, 1.0))([jnp.ones(2)])
+    jax.grad(lambda limit: optim.clip_grad_norm([jnp.ones(2)], limit)[0][0].sum())(1.0)
+    assert not seen
+    optim.clip_grad_norm([jnp.ones(2)], 1.0)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("clip", [optim.clip_grad_norm_, optim.clip_grad_value_])
+def test_an_interrupt_leaves_gradients_all_old_or_all_new(clip: Any) -> None:
+    grads = [np.full(2, 3.0, np.float32), np.full(2, 4.0, np.float32), np.full(2, 5.0, np.float32)]
+    made, outcomes = boxes(grads), []
+    for _ in interrupted_everywhere(clipping, lambda: clip(made, 1.0)):
+        changed = {not np.array_equal(box.grad, grad) for box, grad in zip(made, grads, strict=True)}
+        assert len(changed) == 1
+        outcomes += changed
+        for box, grad in zip(made, grads, strict=True):
+            box.grad = grad
+    assert set(outcomes) == {False, True}
+    assert len(outcomes) > 20
+
+
+DTYPES = ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64"]
+
+
+@pytest.mark.parametrize("norm_type", [0.5, 1, 2, 3.5, INF])
+def test_strict_promotion_and_every_dtype(norm_type: float) -> None:
+    """Also of several dtypes together, with every kind of limit, and derivatives."""
+    grads = [jnp.array([0.5, 0, -1], dtype) for dtype in DTYPES]
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        for limit in (0.25, 1, np.float64(0.5), jnp.asarray(0.5), jnp.bfloat16(0.5)):
+            clipped, norm = optim.clip_grad_norm(grads, limit, norm_type)
+            clamped = optim.clip_grad_value(grads, limit)
+            for each, scale in ((clipped, min(1.0, float(limit) / float(norm))), (clamped, None)):
+                assert [grad.dtype for grad in each] == list(map(jnp.dtype, DTYPES))
+                for grad, old in zip(each, grads, strict=False):
+                    wide = np.asarray(old, np.complex64)
+                    expected = wide * scale if scale else np.clip(wide.real, -float(limit), float(limit))
+                    np.testing.assert_allclose(np.asarray(grad, np.complex64), expected, rtol=0.13, atol=0.01)
+        jax.jit(lambda grads, limit: optim.clip_grad_norm(grads, limit, norm_type))(grads, 1)
+        jax.grad(lambda x: optim.clip_grad_norm([x, grads[0]], 1.0, norm_type)[0][1].sum())(grads[2])
 
 
 # --- Values ---------------------------------------------------------------------------------------------------------
