@@ -5,16 +5,19 @@ UAI 2018 (arXiv:1803.05407). For the same as pure functions see :func:`optimjax.
 
 Differs from PyTorch:
 
-1. A model is a ``flax.nnx`` module or a pytree of arrays. What a ``multi_avg_fn`` computes it returns, for arrays
-   cannot be written in place.
+1. A model is a ``flax.nnx`` module or a pytree of arrays. A ``multi_avg_fn`` returns its results, because arrays cannot
+   be written in place.
 2. The arithmetic runs in float32 at least.
-3. Models of another structure raise; PyTorch averages what it can pair.
+3. Models of another structure raise; PyTorch averages what it can pair. Loading checks everything first, and keeps the
+   dtypes of the average.
+4. ``update_bn`` raises for a loader without batches, which leaves PyTorch's model with statistics of nothing. If it
+   raises, the model is as before.
 """
 
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -22,10 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from optimjax.averaging import Exponential, Uniform, average, check_decay
+from optimjax.averaging import Exponential, Uniform, check_decay
 from optimjax.lr_scheduler.base import LRScheduler, Rate, building, extended, per_group
+from optimjax.numerics import at_least_float32
 from optimjax.optimizer import Optimizer
-from optimjax.tree import dotted, is_inexact_array
+from optimjax.parameter import Parameter
+from optimjax.placement import sharding_of
+from optimjax.source import parameters
+from optimjax.state_dict import as_count, as_dict, slot_array
+from optimjax.tree import copied_array, distinct_names, is_inexact_array
 from optimjax.variable import is_nnx, nnx
 
 __all__ = [
@@ -83,15 +91,29 @@ class _Each:
 
 @functools.partial(jax.jit, static_argnames="function")
 def _averages(function: Any, averaged: list[Array], current: list[Array], num_averaged: Array) -> list[Array]:
-    return [average(function, old, new, num_averaged) for old, new in zip(averaged, current, strict=True)]
+    return [_average(function, old, new, num_averaged) for old, new in zip(averaged, current, strict=True)]
+
+
+def _average(function: Any, averaged: Array, current: Array, num_averaged: Array) -> Array:
+    """The next average of one array: in float32 at least, in the dtype of the average."""
+    if jnp.iscomplexobj(averaged):
+        parts = [_average(function, part(averaged), part(current), num_averaged) for part in (jnp.real, jnp.imag)]
+        return jax.lax.complex(*parts)
+    inexact = jnp.issubdtype(averaged.dtype, jnp.inexact)
+    wide = at_least_float32(averaged.dtype) if inexact else jnp.dtype(jnp.float32)
+    results = function(averaged.astype(wide), current.astype(wide), num_averaged.astype(wide))
+    return results.astype(averaged.dtype)
 
 
 class AveragedModel:
     """A copy of a model that holds the average of its parameters, as ``torch.optim.swa_utils.AveragedModel``.
 
+    Its arrays are its own. It never shares one with the model, so it stays valid when an optimizer updates the model in
+    place (``optimizer.donate``). Each lies where the model's does, on a mesh too, unless ``device`` is given.
+
     Args:
-      model: a ``flax.nnx`` module, which is copied, or a pytree of arrays (``optimizer.params``).
-      device: where the average is kept; beside the model unless given.
+      model: a ``flax.nnx`` module or a pytree of arrays (``optimizer.params``), which is copied.
+      device: where the average is kept; where the model's arrays are unless given.
       avg_fn: ``(averaged, current, num_averaged) -> averaged`` for one array; the mean of all unless given. A function
         of one's own is called as it is, with a Python number; those of :func:`get_ema_avg_fn` and
         :func:`get_swa_avg_fn` run in one compiled program.
@@ -104,6 +126,7 @@ class AveragedModel:
 
     Raises:
       AssertionError: both kinds of functions are given.
+      TypeError: what is given as one of them cannot be called.
 
     >>> import jax.numpy as jnp, optimjax as optim
     >>> from optimjax.swa_utils import AveragedModel, get_ema_avg_fn
@@ -129,82 +152,155 @@ class AveragedModel:
         for name, function in (("avg_fn", avg_fn), ("multi_avg_fn", multi_avg_fn)):
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be a function, such as get_ema_avg_fn(0.99), got {function!r}")
-        self.module = copy.deepcopy(model) if is_nnx(model) else jax.tree.map(lambda leaf: leaf, model)
+        self.module = copy.deepcopy(model) if is_nnx(model) else model
         self.n_averaged = 0
         self.avg_fn = avg_fn
         self.multi_avg_fn = multi_avg_fn
         self.use_buffers = use_buffers
         self._device = device
-        if device is not None:
-            self._write(_values(self.module))
+        self.module = _with_arrays(self.module, {name: self._own(x) for name, x in _arrays(self.module).items()})
+        for variable in _random_state(self.module):
+            variable.set_value(copied_array(variable.get_value()))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the averaged module."""
         return self.module(*args, **kwargs)
 
+    def train(self, **attributes: Any) -> "AveragedModel":
+        """Put the averaged module into training mode, as ``module.train(**attributes)``; returns the average.
+
+        Raises:
+          TypeError: the model is a pytree, which has no modes.
+        """
+        self._switch("train", attributes)
+        return self
+
+    def eval(self, **attributes: Any) -> "AveragedModel":
+        """Put the averaged module into evaluation mode, as ``module.eval(**attributes)``; returns the average.
+
+        Raises:
+          TypeError: the model is a pytree, which has no modes.
+
+        >>> from flax import nnx
+        >>> averaged = AveragedModel(nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
+        >>> averaged.eval().module.deterministic
+        True
+        """
+        self._switch("eval", attributes)
+        return self
+
+    def _switch(self, mode: str, attributes: dict[str, Any]) -> None:
+        if not hasattr(self.module, mode):
+            raise TypeError(f"{mode}() needs an average of a flax.nnx module, not of a {type(self.module).__name__}")
+        getattr(self.module, mode)(**attributes)
+
+    def parameters(self) -> Iterator[Parameter]:
+        """The parameters of the averaged model, as :func:`optimjax.parameters` gives them."""
+        return parameters(self.module)
+
     def update_parameters(self, model: Any) -> None:
         """Take the present parameters of the model into the average; the first time they are copied.
 
         Raises:
-          ValueError: the model has another structure or other shapes.
+          ValueError: the model has another structure or other shapes. Nothing has changed then.
         """
-        current, averaged = _values(model), _values(self.module)
-        if {name: np.shape(x) for name, x in current.items()} != {name: np.shape(x) for name, x in averaged.items()}:
-            differing = sorted(
-                name
-                for name in current.keys() | averaged.keys()
-                if np.shape(current.get(name, "")) != np.shape(averaged.get(name, ""))
-                or (name in current) != (name in averaged)
-            )
+        current, averaged = _arrays(model), _arrays(self.module)
+        differing = sorted(
+            name
+            for name in current.keys() | averaged.keys()
+            if not (name in current and name in averaged and np.shape(current[name]) == np.shape(averaged[name]))
+        )
+        if differing:
             raise ValueError(f"the model has not the structure of the averaged one: they differ in {differing[:3]}")
-        names = [name for name in current if self.use_buffers or name in _parameters(model)]
-        new = dict(current)
-        if self.n_averaged > 0:
-            old, now = [averaged[name] for name in names], [current[name] for name in names]
-            new.update(zip(names, self._average(old, now), strict=True))
-        self._write({name: jnp.asarray(value, jnp.asarray(averaged[name]).dtype) for name, value in new.items()})
-        self.n_averaged += 1
+        names = self._to_average(model, current) if self.n_averaged else []
+        old = [averaged[name] for name in names]
+        new = self._next(old, [self._beside(current[name], array) for name, array in zip(names, old, strict=True)])
+        results = dict(zip(names, new, strict=True))
+        copies = {name: self._own(x, averaged[name]) for name, x in current.items() if name not in results}
+        self._commit(copies | results, self.n_averaged + 1)
 
-    def _average(self, averaged: list[Array], current: list[Array]) -> Sequence[Any]:
+    def _to_average(self, model: Any, arrays: Mapping[str, Any]) -> list[str]:
+        """The names of what is averaged; the rest is copied."""
+        names = arrays.keys() if self.use_buffers else _parameters(model)
+        return [name for name in names if not jnp.issubdtype(arrays[name].dtype, jax.dtypes.extended)]
+
+    def _next(self, averaged: list[Array], current: list[Array]) -> list[Array]:
+        """The next averages, which share no array with the model."""
         function: Any = self.multi_avg_fn or self.avg_fn or get_swa_avg_fn()
         function = function.function if isinstance(function, _Each) else function
         if isinstance(function, (Exponential, Uniform)):
-            return _averages(function, averaged, current, jnp.asarray(self.n_averaged))
+            results: Any = _averages(function, averaged, current, jnp.asarray(self.n_averaged))
+            return [self._beside(new, old) for new, old in zip(results, averaged, strict=True)]
         if self.multi_avg_fn is None:
-            return [function(old, new, self.n_averaged) for old, new in zip(averaged, current, strict=True)]
-        results = function(averaged, current, self.n_averaged)
+            results = [function(old, new, self.n_averaged) for old, new in zip(averaged, current, strict=True)]
+        else:
+            results = function(averaged, current, self.n_averaged) if averaged else []
         if not isinstance(results, (list, tuple)) or len(results) != len(averaged):
             raise TypeError(f"multi_avg_fn must return a list of {len(averaged)} arrays, got {results!r}")
-        return results
+        return [self._own(new, old) for new, old in zip(results, averaged, strict=True)]
 
-    def _write(self, values: Mapping[str, Array]) -> None:
+    def _own(self, value: Any, like: Array | None = None) -> Array:
+        """The value as an array of its own: in the dtype of the present one, and where that is."""
+        array = jnp.asarray(value) if like is None else jnp.asarray(value, like.dtype)
         if self._device is not None:
-            values = {name: jax.device_put(value, self._device) for name, value in values.items()}
-        if is_nnx(self.module):
-            for name, variable in _variables(self.module).items():
-                variable.set_value(values[name])
-        else:
-            paths, treedef = jax.tree_util.tree_flatten_with_path(self.module)
-            self.module = treedef.unflatten([values.get(dotted(path), leaf) for path, leaf in paths])
+            return jax.device_put(array, self._device, may_alias=False)
+        if like is not None and (sharding := sharding_of(like)) is not None:
+            return jax.device_put(array, sharding, may_alias=False)
+        return copied_array(array)
+
+    def _beside(self, array: Any, like: Array) -> Any:
+        """The array where the present one is, if somebody has placed that."""
+        if self._device is None and sharding_of(like) is None:
+            return array
+        return array if getattr(array, "sharding", None) == like.sharding else jax.device_put(array, like.sharding)
+
+    def _commit(self, arrays: Mapping[str, Array], count: int) -> None:
+        """Replace all arrays and the count, or nothing."""
+        module, before, count_before = self.module, _arrays(self.module), self.n_averaged
+        try:
+            self.module = _with_arrays(module, arrays)
+            self.n_averaged = count
+        except BaseException:
+            _with_arrays(module, before)
+            self.module, self.n_averaged = module, count_before
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """``{"n_averaged": n, "module.<name>": array}``, as PyTorch has it; a snapshot."""
-        return {"n_averaged": self.n_averaged} | {f"module.{name}": x for name, x in _values(self.module).items()}
+        return {"n_averaged": self.n_averaged} | {f"module.{name}": x for name, x in _arrays(self.module).items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned.
+        """Load what :meth:`state_dict` returned (NumPy, JAX or PyTorch arrays).
+
+        Arrays are converted to the dtypes of the average.
 
         Raises:
-          ValueError: names or shapes differ. Nothing has changed then.
+          ValueError: it is not a dict, names or shapes differ, an array is of another kind (integer or complex for a
+            real one), or ``n_averaged`` is not a whole number from 0 on. Nothing has changed then.
         """
-        present = {f"module.{name}": value for name, value in _values(self.module).items()}
-        saved = {name: jnp.asarray(value) for name, value in state_dict.items() if name != "n_averaged"}
-        differing = present.keys() ^ saved.keys()
-        differing |= {name for name in present.keys() & saved.keys() if np.shape(present[name]) != saved[name].shape}
-        if differing or "n_averaged" not in state_dict:
-            raise ValueError(f"the state dict does not fit the averaged model: they differ in {sorted(differing)[:3]}")
-        self._write({name.removeprefix("module."): value for name, value in saved.items()})
-        self.n_averaged = int(state_dict["n_averaged"])
+        saved = as_dict(state_dict)
+        present = {f"module.{name}": array for name, array in _arrays(self.module).items()}
+        differing = (present.keys() | {"n_averaged"}) ^ saved.keys()
+        if differing:
+            names = sorted(map(str, differing))[:3]
+            raise ValueError(f"the state dict does not fit the averaged model: only one of them has {names}")
+        count = as_count(saved["n_averaged"], "'n_averaged' of the state dict")
+        arrays = {name: self._own(_loaded(saved[name], old, name), old) for name, old in present.items()}
+        self._commit({name.removeprefix("module."): array for name, array in arrays.items()}, count)
+
+
+def _loaded(value: Any, present: Array, name: str) -> Array:
+    """A saved array of the shape and kind of the present one."""
+    where = f"{name!r} of the state dict"
+    if jnp.issubdtype(present.dtype, jax.dtypes.extended):  # random keys, which have no kind
+        array, same_kind = value, getattr(value, "dtype", None) == present.dtype
+    else:
+        array, same_kind = slot_array(value, present.dtype, where), True
+    if not same_kind:
+        raise ValueError(f"{where} is {value!r}, expected an array of {present.dtype}")
+    if array.shape != present.shape:
+        raise ValueError(f"{where} has shape {array.shape}, expected {present.shape}")
+    return array
 
 
 def _variables(module: Any) -> dict[str, Any]:
@@ -214,20 +310,47 @@ def _variables(module: Any) -> dict[str, Any]:
     return {".".join(map(str, path)): v for path, v in flat if not isinstance(v, flax_nnx.RngState)}
 
 
-def _values(model: Any) -> dict[str, Any]:
+def _random_state(model: Any) -> list[Any]:
+    """The variables of a module that are random state."""
+    if not is_nnx(model):
+        return []
+    return [node for _, node in nnx().iter_graph(model) if isinstance(node, nnx().RngState)]
+
+
+def _flat(model: Any) -> tuple[list[str], list[Any], Any]:
+    """Names and leaves of a model, and its structure; a variable of a module may hold a tree."""
+    tree = {name: variable.get_value() for name, variable in _variables(model).items()} if is_nnx(model) else model
+    paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    return distinct_names([path for path, _ in paths]), [leaf for _, leaf in paths], treedef
+
+
+def _arrays(model: Any) -> dict[str, Any]:
     """The arrays of a model by name."""
-    if is_nnx(model):
-        return {name: variable.get_value() for name, variable in _variables(model).items()}
-    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
-    return {dotted(path): leaf for path, leaf in leaves if isinstance(leaf, (jax.Array, np.ndarray, np.generic))}
+    names, leaves, _ = _flat(model)
+    arrays = (jax.Array, np.ndarray, np.generic)
+    return {name: leaf for name, leaf in zip(names, leaves, strict=True) if isinstance(leaf, arrays)}
 
 
-def _parameters(model: Any) -> set[str]:
+def _with_arrays(model: Any, arrays: Mapping[str, Array]) -> Any:
+    """A pytree with these arrays in place of its own, or the module, after they were written into it."""
+    names, leaves, treedef = _flat(model)
+    tree = treedef.unflatten([arrays.get(name, leaf) for name, leaf in zip(names, leaves, strict=True)])
+    if not is_nnx(model):
+        return tree
+    for name, variable in _variables(model).items():
+        variable.set_value(tree[name])
+    return model
+
+
+def _parameters(model: Any) -> list[str]:
     """The names of those that an optimizer would update."""
+    names, leaves, treedef = _flat(model)
+    trained = [True] * len(leaves)
     if is_nnx(model):
-        variables = _variables(model).items()
-        return {n for n, v in variables if isinstance(v, nnx().Param) and is_inexact_array(v.get_value())}
-    return {name for name, value in _values(model).items() if is_inexact_array(value)}
+        variables, values = _variables(model), treedef.unflatten(leaves)
+        is_param = {name: isinstance(variable, nnx().Param) for name, variable in variables.items()}
+        trained = [is_param[name] for name in sorted(values) for _ in jax.tree.leaves(values[name])]
+    return [n for n, leaf, each in zip(names, leaves, trained, strict=True) if each and is_inexact_array(leaf)]
 
 
 def update_bn(loader: Iterable[Any], model: Any, device: Any = None) -> None:
@@ -241,6 +364,8 @@ def update_bn(loader: Iterable[Any], model: Any, device: Any = None) -> None:
 
     Raises:
       TypeError: not a ``flax.nnx`` module.
+      ValueError: the loader has no batches. Whatever is raised, also by the module or the loader, variables and modes
+        of the module are as before.
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx
@@ -256,6 +381,7 @@ def update_bn(loader: Iterable[Any], model: Any, device: Any = None) -> None:
     norms = [node for node in nodes if isinstance(node, nnx().BatchNorm)]
     if not norms:
         return
+    before = [(node, node.get_value()) for node in nodes if isinstance(node, nnx().Variable)]
     modes = [
         (node, name, getattr(node, name))
         for node in nodes
@@ -264,16 +390,23 @@ def update_bn(loader: Iterable[Any], model: Any, device: Any = None) -> None:
         if hasattr(node, name)
     ]
     momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.mean.set_value(jnp.zeros_like(norm.mean.get_value()))
-        norm.var.set_value(jnp.ones_like(norm.var.get_value()))
     try:
+        for norm in norms:
+            norm.mean.set_value(jnp.zeros_like(norm.mean.get_value()))
+            norm.var.set_value(jnp.ones_like(norm.var.get_value()))
         module.train()
-        for index, batch in enumerate(loader):
+        count = 0
+        for count, batch in enumerate(loader, 1):
             inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
             for norm in norms:  # the mean of all batches so far
-                norm.momentum = index / (index + 1)
+                norm.momentum = (count - 1) / count
             module(inputs if device is None else jax.device_put(inputs, device))
+        if not count:
+            raise ValueError("the loader has no batches; a generator can be used only once")
+    except BaseException:
+        for variable, value in before:
+            variable.set_value(value)
+        raise
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
