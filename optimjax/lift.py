@@ -8,7 +8,7 @@ import functools
 import inspect
 import re
 from collections import namedtuple
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec
 
 import jax
@@ -85,60 +85,60 @@ def factory(cls: "Callable[Concatenate[Any, P], Optimizer]") -> Callable[P, Algo
 
 def lift(rule: Rule, hyperparameters: Hyperparameters, values: Mapping[str, Any], name: str) -> Algorithm:
     """The algorithm that applies ``rule`` with these hyperparameters to every leaf of a tree."""
-    for key, value in values.items():
-        _check(hyperparameters, key, value)
-    flags = hyperparameters.fixed_flags(values)
-    if rule.check is not None:
-        rule.check(hyperparameters.hyper(values), flags)
-    fields = _all_fields(rule, hyperparameters, flags)
-    state_type = _state_type(name, fields)
+    lifted = Lifted(rule, hyperparameters, values, name)
+    return Algorithm(lifted.init, lifted.update)
 
-    def pack(step: Array, treedef: Any, slots: list[Any]) -> Any:
-        return state_type(step, *(treedef.unflatten([getattr(s, field) for s in slots]) for field in fields))
 
-    def unpack(treedef: Any, state: Any) -> list[Any]:
-        if not isinstance(state, state_type):
-            raise TypeError(
-                f"state must be the {state_type.__name__}{state_type._fields} that this algorithm's init returns, got "
-                f"{type(state).__name__}{getattr(state, '_fields', '')}"
-            )
-        columns = {field: treedef.flatten_up_to(getattr(state, field)) for field in fields}
-        absent = dict.fromkeys(rule.slots._fields)
-        return [
-            rule.slots(**absent | {field: column[index] for field, column in columns.items()})
-            for index in range(treedef.num_leaves)
-        ]
+class Lifted:
+    """A rule with hyperparameters, over trees: its two methods are those of an :class:`Algorithm`.
 
-    def init(params: Any) -> Any:
+    Attributes:
+      rule: the arithmetic for one parameter.
+      hyperparameters: their kinds.
+      values: their values by name, each for all parameters or a tree.
+      name: of the algorithm.
+    """
+
+    def __init__(self, rule: Rule, hyperparameters: Hyperparameters, values: Mapping[str, Any], name: str):
+        self.rule, self.hyperparameters, self.values, self.name = rule, hyperparameters, values, name
+        for key, value in values.items():
+            _check(hyperparameters, key, value)
+        self._check_together({})
+
+    def init(self, params: Any) -> Any:
         """The state before the first update; see :class:`Algorithm`."""
         leaves, treedef = flatten_params(params)
+        columns = _columns(self.hyperparameters, self.values, params)
+        flags = self._check_together(columns)
         for index, leaf in enumerate(leaves):
-            check_param(rule, leaf, flags, lambda index=index: names(params)[index] or "params")
+            check_param(self.rule, leaf, flags, lambda index=index: _leaf_name(params, index), self.name)
         step = jnp.zeros((), jnp.int32)
-        hypers = _per_leaf(hyperparameters, values, params, step)
-        slots = [initial_slots(rule, param, hyper, flags) for param, hyper in zip(leaves, hypers, strict=True)]
-        return pack(step, treedef, slots)
+        hypers = _per_leaf(self.hyperparameters, self.values, columns, step, len(leaves))
+        slots = [initial_slots(self.rule, param, hyper, flags) for param, hyper in zip(leaves, hypers, strict=True)]
+        return self._packed(self._state_type(leaves, flags), step, treedef, slots)
 
-    def update(params: Any, grads: Any, state: Any, **overrides: Any) -> tuple[Any, Any]:
+    def update(self, params: Any, grads: Any, state: Any, **overrides: Any) -> tuple[Any, Any]:
         """One update of every parameter; see :class:`Algorithm`."""
         leaves, treedef = flatten_params(params)
+        check_overrides(self.hyperparameters, overrides)
+        values = {**self.values, **overrides}
+        columns = _columns(self.hyperparameters, values, params)
+        flags = self._flags(values, columns)
+        state_type = self._state_type(leaves, flags)
+        if overrides and state_type is not self._state_type(leaves, self._own_flags(params)):
+            raise ValueError(f"{overrides} would change which arrays the state has; set it where {self.name} is made")
         grad_leaves = match(treedef, grads, lambda: names(params))
-        check_overrides(hyperparameters, overrides)
-        now = {**values, **overrides}
-        flags = hyperparameters.fixed_flags(now)
-        if _all_fields(rule, hyperparameters, flags) != fields:
-            raise ValueError(f"{overrides} would change which arrays the state has; set it where {name} is made")
-        slots = unpack(treedef, state)
-        step = state.step + 1
-        hypers = _per_leaf(hyperparameters, now, params, state.step)
-        scalars = {id(hyper): rule.scalars(step, hyper) for hyper in {id(h): h for h in hypers}.values()}
+        slots = self._unpacked(state_type, treedef, state)
         present = [index for index, grad in enumerate(grad_leaves) if grad is not None]
         for index in present:
-            leaf_name = lambda index=index: names(params)[index] or "params"  # noqa: E731
+            leaf_name = lambda index=index: _leaf_name(params, index)  # noqa: E731
             check_gradient(leaf_name, leaves[index], grad_leaves[index])
-            check_layout(rule, name, grad_leaves[index], leaf_name)
+            check_layout(self.rule, self.name, grad_leaves[index], leaf_name)
+        step = state.step + 1
+        hypers = _per_leaf(self.hyperparameters, values, columns, state.step, len(leaves))
+        scalars = {id(hyper): self.rule.scalars(step, hyper) for hyper in {id(h): h for h in hypers}.values()}
         updated = apply_each(
-            rule,
+            self.rule,
             [flags] * len(present),
             [leaves[index] for index in present],
             [grad_leaves[index] for index in present],
@@ -147,38 +147,84 @@ def lift(rule: Rule, hyperparameters: Hyperparameters, values: Mapping[str, Any]
         )
         for index, (param, slot) in zip(present, updated, strict=True):
             leaves[index], slots[index] = param, slot
-        return treedef.unflatten(leaves), pack(step, treedef, slots)
+        return treedef.unflatten(leaves), self._packed(state_type, step, treedef, slots)
 
-    return Algorithm(init, update)
+    def _check_together(self, columns: Mapping[str, list[Any]]) -> Any:
+        """The flags, or the error for a combination of values that makes no sense."""
+        flags = self._flags(self.values, columns)
+        if self.rule.check is not None:
+            self.rule.check(self.hyperparameters.hyper(self.values), flags)
+        return flags
+
+    def _flags(self, values: Mapping[str, Any], columns: Mapping[str, list[Any]]) -> Any:
+        """The flags for values of which the columns are known."""
+        return self.hyperparameters.fixed_flags(
+            {**values, **{name: column for name, column in columns.items() if column}}
+        )
+
+    def _own_flags(self, params: Any) -> Any:
+        """The flags without overrides."""
+        return self._flags(self.values, _columns(self.hyperparameters, self.values, params))
+
+    def _state_type(self, leaves: Sequence[Array], flags: Any) -> Any:
+        """The NamedTuple of the state: a field for each slot that some of the parameters has."""
+        kinds = {(leaf.shape, leaf.dtype) for leaf in leaves}
+        some = {field for kind in kinds for field in active_fields(self.rule, self.hyperparameters, flags, *kind)}
+        return _state_type(self.name, tuple(field for field in self.rule.slots._fields if field in some))
+
+    def _packed(self, state_type: Any, step: Array, treedef: Any, slots: Sequence[Any]) -> Any:
+        """The state."""
+        columns = ([getattr(slot, field) for slot in slots] for field in state_type._fields[1:])
+        return state_type(step, *map(treedef.unflatten, columns))
+
+    def _unpacked(self, state_type: Any, treedef: Any, state: Any) -> list[Any]:
+        """The slots of each parameter."""
+        if not isinstance(state, state_type):
+            raise TypeError(
+                f"state must be the {state_type.__name__}{state_type._fields} that this algorithm's init returns, got "
+                f"{type(state).__name__}{getattr(state, '_fields', '')}"
+            )
+        columns = {field: treedef.flatten_up_to(getattr(state, field)) for field in state_type._fields[1:]}
+        absent = dict.fromkeys(self.rule.slots._fields)
+        return [
+            self.rule.slots(**absent | {field: column[index] for field, column in columns.items()})
+            for index in range(treedef.num_leaves)
+        ]
+
+
+def _leaf_name(params: Any, index: int) -> str:
+    """The name of a parameter, for messages."""
+    return names(params)[index] or "params"
 
 
 @functools.cache
-def active_fields(rule: Rule, hyperparameters: Hyperparameters, flags: Any, shape: tuple[int, ...]) -> tuple[str, ...]:
-    """The slots that a parameter of this shape has under these flags."""
+def active_fields(
+    rule: Rule, hyperparameters: Hyperparameters, flags: Any, shape: tuple[int, ...], dtype: Any = jnp.float32
+) -> tuple[str, ...]:
+    """The slots that a parameter of this shape and dtype has under these flags."""
     kinds = hyperparameters.kinds.items()
     zeros = {key: (0.0,) * len(kind.items) or 0.0 for key, kind in kinds if isinstance(kind, Numeric)}
     hyper = hyperparameters.hyper(zeros | flags._asdict())
-    slots = jax.eval_shape(lambda: rule.init(jnp.zeros(shape), hyper, flags))
+    slots = jax.eval_shape(lambda param: rule.init(param, hyper, flags), jax.ShapeDtypeStruct(shape, dtype))
     return tuple(field for field, slot in slots._asdict().items() if slot is not None)
 
 
-def _all_fields(rule: Rule, hyperparameters: Hyperparameters, flags: Any) -> tuple[str, ...]:
-    """The slots that some parameter has: some algorithms keep others for matrices than for vectors."""
-    some = {field for shape in ((1,), (1, 1)) for field in active_fields(rule, hyperparameters, flags, shape)}
-    return tuple(field for field in rule.slots._fields if field in some)
-
-
-def check_param(rule: Rule, param: Array, flags: Any, name: Callable[[], str]) -> None:
+def check_param(
+    rule: Rule, param: Array, flags: Any, name: Callable[[], str], algorithm: str = "this algorithm"
+) -> None:
     """Raise where the algorithm cannot take a parameter; ``name`` is called only then.
 
     Raises:
+      RuntimeError: the parameter is complex and the rule is not elementwise.
       ValueError, RuntimeError: as the rule says.
     """
-    if rule.check_param is not None:
-        try:
+    try:
+        if rule.check_param is not None:
             rule.check_param(param, flags)
-        except (ValueError, RuntimeError) as error:
-            raise type(error)(f"{error} ({name()!r})") from None
+        if rule.takes != "element" and jnp.iscomplexobj(param):
+            raise RuntimeError(f"{algorithm} does not support complex parameters")
+    except (ValueError, RuntimeError) as error:
+        raise type(error)(f"{error} ({name()!r})") from None
 
 
 def check_layout(rule: Rule, algorithm: str, grad: Any, name: Callable[[], str]) -> None:
@@ -228,21 +274,32 @@ def check_overrides(hyperparameters: Hyperparameters, overrides: Mapping[str, An
         _check(hyperparameters, key, value)
 
 
-def _per_leaf(hyperparameters: Hyperparameters, values: Mapping[str, Any], params: Any, count: Array) -> list[Any]:
+def _columns(hyperparameters: Hyperparameters, values: Mapping[str, Any], params: Any) -> dict[str, list[Any]]:
+    """For each numeric hyperparameter its values, one for each leaf."""
+    kinds = hyperparameters.kinds
+    return {key: _broadcast(kinds[key], key, values[key], params) for key in hyperparameters.numeric}
+
+
+def _per_leaf(
+    hyperparameters: Hyperparameters,
+    values: Mapping[str, Any],
+    columns: Mapping[str, list[Any]],
+    count: Array,
+    size: int,
+) -> list[Any]:
     """For each leaf its hyperparameters, schedules evaluated; leaves that agree in all share one object."""
-    columns = [_broadcast(hyperparameters.kinds[key], key, values[key], params) for key in hyperparameters.numeric]
     resolved: dict[int, Any] = {}  # by identity, so that a schedule is evaluated once
     hypers: dict[tuple[int, ...], Any] = {}
     result = []
-    for row in zip(*columns, strict=True) if columns else [()] * jax.tree.structure(params).num_leaves:
+    for row in zip(*columns.values(), strict=True) if columns else [()] * size:
         key = tuple(map(id, row))
         if key not in hypers:
-            for name, value in zip(hyperparameters.numeric, row, strict=True):
+            for name, value in zip(columns, row, strict=True):
                 kind: Any = hyperparameters.kinds[name]
                 if id(value) not in resolved:
                     resolved[id(value)] = kind.resolve(value, count)
             hypers[key] = hyperparameters.hyper(
-                {**values, **{n: resolved[id(v)] for n, v in zip(hyperparameters.numeric, row, strict=True)}}
+                {**values, **{name: resolved[id(value)] for name, value in zip(columns, row, strict=True)}}
             )
         result.append(hypers[key])
     return result

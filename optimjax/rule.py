@@ -15,7 +15,7 @@ import typing
 from collections import defaultdict, namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from optimjax.numerics import bias_correction, sqrt
+from optimjax.numerics import at_least_float32, bias_correction, sqrt
 from optimjax.sparse import Entries, is_sparse
 from optimjax.variable import nnx
 
@@ -58,30 +58,47 @@ __all__ = [
 ]
 
 
+Takes = Literal["element", "array", "alike", "all"]
+
+
 @dataclass(frozen=True, eq=False)
 class Rule:
     """The arithmetic of one algorithm for one parameter.
 
     Attributes:
       slots: a NamedTuple type, one field for each array kept for a parameter, named as in PyTorch's state dict, of any
-        shape. Fields that the flags, or the parameter's number of axes, leave out are ``None``.
+        shape and dtype; a field may also be a tuple of arrays. Fields that the flags, or the parameter's shape, leave
+        out are ``None``.
       init: ``init(param, hyper, flags) -> slots``. ``hyper`` holds the resolved hyperparameters by name, ``flags`` the
         structural ones, and for each :data:`Switch` whether it is on.
       scalars: ``scalars(step, hyper) -> NamedTuple`` of numbers: all that depends only on the count and the
         hyperparameters. ``step`` is 1 at the first update. Plain arithmetic: it runs in double precision on Python
         numbers (the facade) and on traced arrays (the functional core) alike.
-      update: ``update(param, grad, slots, scalars, flags) -> (param, slots)``. Real arrays of one shape, float32 or
-        wider; scalars are zero-dimensional arrays or numbers. ``flags.param_dtype`` is the dtype that the parameter is
-        stored in.
+      update: ``update(param, grad, slots, scalars, flags) -> (param, slots)``, of the shapes that came in. Parameter
+        and gradient are real arrays of one shape and one dtype, float32 or wider. Slots that are floating arrays, and
+        the scalars, have that dtype, too; integer slots (counts, codes) have their own. ``flags.param_dtype`` is the
+        dtype that the parameter is stored in.
       check: ``check(hyper, flags)`` raises ``ValueError`` for a combination of values that makes no sense.
       check_param: ``check_param(param, flags)`` raises PyTorch's error for a parameter that the algorithm cannot take.
       counts_steps: whether PyTorch's state has ``step``. Where it has not, ``scalars`` may only tell the first update
         (1) from the later ones (2), which the facade knows by whether the slots exist.
       eager: whether PyTorch makes the state in the constructor, not at the first gradient.
-      batched: whether ``update`` takes lists, one item for each parameter of one shape, dtype and flags, and returns
-        lists: for matrix products of all of them at once.
+      takes: how much ``update`` must see at once.
+
+        - ``"element"``: each element of the results depends on that element of the parameter, the gradient and the
+          slots alone. Only such a rule takes complex parameters, which are updated as two real halves, and sparse
+          gradients.
+        - ``"array"``: the whole array, for a norm or for factors along its axes.
+        - ``"alike"``: lists of the parameters, gradients, slots and scalars of all parameters of one shape, dtype and
+          flags, for matrix products of all of them at once; it returns two lists.
+        - ``"all"``: lists of all parameters that have a gradient, whatever their shapes and dtypes, for a number that
+          depends on all of them. Each has a dtype of its own; ``flags`` is a list, too.
       sparse: whether gradients are sparse (``jax.experimental.sparse.BCOO``). ``update`` then gets only the entries
-        that the gradient names, of parameter, gradient and slots, and its arithmetic is that of a dense one.
+        that the gradient names, of parameter, gradient and the slots of their shape, and its arithmetic is that of a
+        dense one.
+
+    Raises:
+      ValueError: another ``takes``, or sparse gradients for a rule that is not elementwise.
     """
 
     slots: Any  # a NamedTuple class; typing has no name for "any NamedTuple class"
@@ -92,8 +109,15 @@ class Rule:
     check_param: Callable[[Array, Any], None] | None = None
     counts_steps: bool = True
     eager: bool = False
-    batched: bool = False
+    takes: Takes = "element"
     sparse: bool = False
+
+    def __post_init__(self) -> None:
+        legal = typing.get_args(Takes)
+        if self.takes not in legal:
+            raise ValueError(f"takes must be one of {', '.join(map(repr, legal))}, got {self.takes!r}")
+        if self.sparse and self.takes != "element":
+            raise ValueError(f"a rule for sparse gradients must have takes='element', got {self.takes!r}")
 
 
 # --- Kinds of hyperparameters ---------------------------------------------------------------------------------------
@@ -380,54 +404,96 @@ def apply_each(
     scalars: Sequence[Any],
 ) -> list[tuple[Array, Any]]:
     """One update of each parameter: new parameters with their new slots."""
-    if not rule.batched:
-        return [apply(rule, *one) for one in zip(flags, params, grads, slots, scalars, strict=True)]
-    alike: defaultdict[Any, list[int]] = defaultdict(list)
+    each = flags, params, grads, slots, scalars
+    if rule.takes in ("element", "array"):
+        return [apply(rule, *one) for one in zip(*each, strict=True)]
+    together: defaultdict[Any, list[int]] = defaultdict(list)
     for index, param in enumerate(params):
-        alike[jax.typeof(param), flags[index]].append(index)  # shape, dtype, and sharding where that is explicit
+        # The type of an array is its shape and dtype, and its sharding where that is explicit.
+        together[(jax.typeof(param), flags[index]) if rule.takes == "alike" else None].append(index)
     results: list[Any] = [None] * len(params)
-    for (_, shared), members in alike.items():
-        columns = [[column[index] for index in members] for column in (params, grads, slots, scalars)]
-        for index, *updated in zip(members, *apply(rule, shared, *columns), strict=True):
+    for members in together.values():
+        shared, *columns = ([column[index] for index in members] for column in each)
+        for index, *updated in zip(members, *apply(rule, tuple(shared), *columns), strict=True):
             results[index] = tuple(updated)
     return results
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "flags"))
 def apply(rule: Rule, flags: Any, param: Any, grad: Any, slots: Any, scalars: Any) -> tuple[Any, Any]:
-    """One update of one parameter, or where the rule is batched of a list of them.
+    """One update of one parameter, or of a list of them, as the rule takes them.
 
     Compiled, so that inside a larger program it is traced once for each shape. Arithmetic runs in float32 at least and
-    results are cast last: a float16 parameter with zero gradients stays finite although 1e-8 is zero in float16. A
-    complex parameter is its real and its imaginary part, side by side, as PyTorch sees it; `jax.grad` returns the
-    conjugate of PyTorch's gradient. Slots that are real all the same (a count, a product of betas) serve both parts. Of
-    a sparse gradient only the entries that it names are updated, and nothing else is read: the cost grows with them,
-    not with the parameter.
+    results are cast last: a float16 parameter with zero gradients stays finite although 1e-8 is zero in float16.
     """
-    if is_sparse(grad):
-        entries = Entries(grad)
-        touched, touched_slots = apply(
-            rule, flags, entries.take(param), entries.values, jax.tree.map(entries.take, slots), scalars
-        )
-        return entries.put(param, touched), jax.tree.map(entries.put, slots, touched_slots)
-    dtype = jax.tree.leaves(param)[0].dtype
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        (real, real_slots), (imag, imag_slots) = (
-            apply(
-                rule,
-                flags,
-                jax.tree.map(part, param),
-                jax.tree.map(lambda g, part=part: part(jnp.conj(g)), grad),
-                jax.tree.map(lambda slot, part=part: part(slot) if jnp.iscomplexobj(slot) else slot, slots),
-                scalars,
-            )
-            for part in (jnp.real, jnp.imag)
-        )
-        join = lambda old, re, im: jax.lax.complex(re, im) if jnp.iscomplexobj(old) else re  # noqa: E731
-        return jax.tree.map(join, (param, slots), (real, real_slots), (imag, imag_slots))
+    if rule.takes in ("alike", "all"):
+        each = (_widened(*one) for one in zip(flags, param, grad, slots, scalars, strict=True))
+        *wide, flags = map(list, zip(*each, strict=True))
+        if rule.takes == "alike":
+            flags = flags[0]
+    elif is_sparse(grad):
+        return _apply_to_entries(rule, flags, param, grad, slots, scalars)
+    elif rule.takes == "element" and jnp.iscomplexobj(param):
+        return _apply_to_halves(rule, flags, param, grad, slots, scalars)
+    else:
+        *wide, flags = _widened(flags, param, grad, slots, scalars)
+    return jax.tree.map(_restored, tuple(rule.update(*wide, flags)), (param, slots))
+
+
+def _widened(flags: Any, param: Array, grad: Array, slots: Any, scalars: Any) -> tuple[Any, ...]:
+    """What ``update`` gets of a parameter: everything that is a floating number in one dtype; the flags last."""
+    if jnp.iscomplexobj(param):  # halves that are updated apart would have the norms of halves
+        raise RuntimeError("complex parameters need a rule with takes='element'")
+    dtype = at_least_float32(param.dtype)
+
+    def widen(x: Array) -> Array:
+        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    grad = grad.astype(dtype)
     if getattr(flags, "maximize", False):
-        grad = jax.tree.map(jnp.negative, grad)
-    flags = flags._replace(param_dtype=dtype)
-    widen = functools.partial(jnp.asarray, dtype=jnp.promote_types(dtype, jnp.float32))
-    updated = rule.update(*jax.tree.map(widen, (param, grad, slots, scalars)), flags)
-    return jax.tree.map(lambda new, old: new.astype(old.dtype), updated, (param, slots))
+        grad = -grad
+    scalars = jax.tree.map(lambda scalar: jnp.asarray(scalar, dtype), scalars)
+    return widen(param), grad, jax.tree.map(widen, slots), scalars, flags._replace(param_dtype=param.dtype)
+
+
+def _restored(new: Any, old: Array) -> Array:
+    """A result in the dtype of what it replaces."""
+    if np.shape(new) != old.shape:
+        raise ValueError(f"update has returned an array of shape {np.shape(new)} for one of shape {old.shape}")
+    return jnp.asarray(new).astype(old.dtype)
+
+
+def _apply_to_halves(rule: Rule, flags: Any, param: Array, grad: Array, slots: Any, scalars: Any) -> tuple[Any, Any]:
+    """Update the real and the imaginary part of a complex parameter side by side, as PyTorch sees it.
+
+    `jax.grad` returns the conjugate of PyTorch's gradient. Slots that are real all the same (a count, a product of
+    betas) serve both parts.
+    """
+    (real, real_slots), (imag, imag_slots) = (
+        apply(
+            rule,
+            flags,
+            part(param),
+            part(jnp.conj(grad)),
+            jax.tree.map(lambda slot, part=part: part(slot) if jnp.iscomplexobj(slot) else slot, slots),
+            scalars,
+        )
+        for part in (jnp.real, jnp.imag)
+    )
+    join = lambda old, re, im: jax.lax.complex(re, im) if jnp.iscomplexobj(old) else re  # noqa: E731
+    return jax.tree.map(join, (param, slots), (real, real_slots), (imag, imag_slots))
+
+
+def _apply_to_entries(rule: Rule, flags: Any, param: Array, grad: Any, slots: Any, scalars: Any) -> tuple[Any, Any]:
+    """Update the entries that a sparse gradient names. Nothing else is read: the cost grows with them alone.
+
+    Slots of another shape than the parameter's, such as a count, are handed over whole.
+    """
+    entries = Entries(grad)
+    taken = jax.tree.map(lambda slot: entries.take(slot) if slot.shape == param.shape else slot, slots)
+    new, new_slots = apply(rule, flags, entries.take(param), entries.values, taken, scalars)
+
+    def put(old: Array, new: Array) -> Array:
+        return entries.put(old, new) if old.shape == param.shape else new
+
+    return put(param, new), jax.tree.map(put, slots, new_slots)

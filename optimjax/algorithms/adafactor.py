@@ -185,12 +185,12 @@ class Adafactor(Optimizer):
     >>> adafactor = optim.functional.adafactor(lr=0.1)
     >>> params = jnp.full((2, 3), 2.0)
     >>> params, state = adafactor.update(params, jnp.ones((2, 3)), adafactor.init(params))
-    >>> print(params.round(2), state.step, state.row_var.shape, state.col_var.shape, state.variance)
+    >>> print(params.round(2), state.step, state.row_var.shape, state.col_var.shape)
     [[1.8 1.8 1.8]
-     [1.8 1.8 1.8]] 1 (2, 1) (1, 3) None
+     [1.8 1.8 1.8]] 1 (2, 1) (1, 3)
     """
 
-    rule = Rule(Slots, init, scalars, update, check_param=check_param)
+    rule = Rule(Slots, init, scalars, update, check_param=check_param, takes="array")
 
     def __init__(
         self,

@@ -327,7 +327,7 @@ class Muon(Optimizer):
      [  0. -11.]] 1
     """
 
-    rule = Rule(Slots, init, scalars, update, check_param=check_param, counts_steps=False, batched=True)
+    rule = Rule(Slots, init, scalars, update, check_param=check_param, counts_steps=False, takes="alike")
 
     def __init__(
         self,
