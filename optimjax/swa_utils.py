@@ -438,6 +438,8 @@ class SWALR(LRScheduler):
     [0.5]
     """
 
+    _state = ("_anneal_strategy",)
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -451,13 +453,19 @@ class SWALR(LRScheduler):
         with building(optimizer):
             for group, rate in zip(optimizer.param_groups, per_group("swa_lr", swa_lr, optimizer), strict=True):
                 group["swa_lr"] = rate
-            if anneal_strategy not in ("cos", "linear"):
-                raise ValueError(f"anneal_strategy must be one of 'cos' or 'linear', instead got {anneal_strategy}")
-            if not isinstance(anneal_epochs, int) or anneal_epochs < 0:
-                raise ValueError(f"anneal_epochs must be equal or greater than 0, got {anneal_epochs}")
             self._anneal_strategy = anneal_strategy
             self.anneal_epochs = anneal_epochs
             super().__init__(optimizer, last_epoch, key=key)
+
+    def _check_arguments(self) -> None:
+        strategy, epochs = self._anneal_strategy, self.anneal_epochs
+        if strategy not in ("cos", "linear"):
+            raise ValueError(f"anneal_strategy must be one of 'cos' or 'linear', instead got {strategy}")
+        if not isinstance(epochs, int) or epochs < 0:
+            raise ValueError(f"anneal_epochs must be equal or greater than 0, got {epochs}")
+
+    def _arguments_elsewhere(self) -> dict[str, Any]:
+        return {"swa_lr": [group["swa_lr"] for group in self.optimizer.param_groups]}
 
     def get_lr(self) -> list[Rate]:
         """The next rates from the present ones."""

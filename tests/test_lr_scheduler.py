@@ -20,8 +20,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interrupts import interrupted_everywhere
 
 import optimjax as optim
+from optimjax.lr_scheduler import base as base_module
 
 EPOCHS = 200
 RATES = (0.1, 0.037, 1e-3)
@@ -369,6 +371,50 @@ def test_resuming_by_last_epoch_over_a_loaded_optimizer(case: str, torch: Any) -
 
     theirs = run(torch.optim.lr_scheduler, build_torch(torch), build_torch(torch))
     assert run(optim.lr_scheduler, build(), build()) == theirs
+
+
+@pytest.mark.parametrize("milestones", [[0, 4, 9], [0, 0, 1], [0, 0, 0], [1, 1, 5]])
+@pytest.mark.parametrize(
+    "cases", [("constant", "exponential", "linear down", "cosine"), ("cyclic", "step", "constant", "lambda")]
+)
+def test_milestones_at_zero_are_pytorchs(cases: Any, milestones: Any, torch: Any) -> None:
+    """As mended in pytorch#185872, which 2.13 has."""
+    case = sequence(list(cases), *milestones)
+    ours, theirs = build(), build_torch(torch)
+    our, their = make(optim.lr_scheduler, case)(ours), make(torch.optim.lr_scheduler, case)(theirs)
+    assert our.get_last_lr() == their.get_last_lr()
+    assert follow(ours, our, 20, groups_of) == follow(theirs, their, 20, groups_of)
+
+
+SEQUENCES = [case for case, (name, _) in CASES.items() if name == "SequentialLR"]
+
+
+@pytest.mark.parametrize("last_epoch", [0, 1, 4, 5, 19, 60, 89])
+@pytest.mark.parametrize("case", SEQUENCES)
+@pytest.mark.parametrize("inside", [-1, None], ids=["inside from the start", "inside from there"])
+def test_a_sequence_resumes_by_last_epoch(case: str, last_epoch: int, inside: int | None) -> None:
+    """It is where one is that was stepped so far; PyTorch's begins with the rates of epoch 0 (pytorch#162591)."""
+    optimizer, other = build(), build()
+    scheduler = make(optim.lr_scheduler, case)(optimizer)
+    follow(optimizer, scheduler, last_epoch + 1)
+    other.load_state_dict(optimizer.state_dict())
+    _, arguments = CASES[case]
+    options = {} if inside == -1 or "sequence of a" in case else {"last_epoch": last_epoch}
+    each = [make(optim.lr_scheduler, scheduler, **options)(other) for scheduler in arguments["schedulers"]]
+    resumed = optim.lr_scheduler.SequentialLR(other, each, arguments["milestones"], last_epoch)
+    assert resumed.get_last_lr() == scheduler.get_last_lr()
+    assert resumed.last_epoch == scheduler.last_epoch
+    look = groups_of if inside == -1 else rates_of  # cycles that resume write the momentum of their own epoch
+    assert follow(other, resumed, 40, look) == follow(optimizer, scheduler, 40, look)
+
+
+def test_a_sequence_that_needs_metrics_does_not_resume_by_last_epoch() -> None:
+    optimizer = build()
+    inside = [make(optim.lr_scheduler, case)(optimizer) for case in ("linear", "plateau")]
+    before = groups_of(optimizer)
+    with pytest.raises(ValueError, match="last_epoch=3 cannot be resumed, because a ReduceLROnPlateau would need"):
+        optim.lr_scheduler.SequentialLR(optimizer, inside, [5], last_epoch=3)
+    assert groups_of(optimizer) == before
 
 
 @pytest.mark.parametrize("case", WITHOUT_METRIC)
@@ -785,17 +831,213 @@ def test_a_jitted_function_is_not_saved() -> None:
     assert scheduler.state_dict()["lr_lambdas"] == [None] * 3
 
 
-@pytest.mark.parametrize("saved", ["step", "sequence"])
+# --- State dicts that do not fit ------------------------------------------------------------------------------------
+
+
+def contents(optimizer: Any, scheduler: Any) -> Any:
+    """All that a failed load must leave as it was."""
+    record = [dict(built) for built in optimizer._built], optimizer._scheduled, optimizer._step_called
+    return *copy.deepcopy((groups_of(optimizer), scheduler.state_dict())), record
+
+
+def refused(scheduler: Any, state: Any, message: str) -> None:
+    before = contents(scheduler.optimizer, scheduler)
+    with pytest.raises(ValueError, match=message):
+        scheduler.load_state_dict(state)
+    assert contents(scheduler.optimizer, scheduler) == before
+
+
+@pytest.mark.parametrize("saved", ["step", "sequence", "plateau"])
 @pytest.mark.parametrize("case", ["lambda", "multi-step", "cyclic scale_fn", "sequence of a chain"])
-def test_a_state_dict_that_does_not_fit_changes_nothing(case: str, saved: str) -> None:
+def test_a_state_dict_of_another_scheduler_changes_nothing(case: str, saved: str) -> None:
     other = build()
     state = make(optim.lr_scheduler, saved)(other).state_dict()
+    refused(make(optim.lr_scheduler, case)(build()), state, "the state dict has|_schedulers")
+
+
+@every_case
+def test_a_state_dict_that_is_ill_formed_names_the_entry(case: str) -> None:
     optimizer = build()
     scheduler = make(optim.lr_scheduler, case)(optimizer)
-    before = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
-    with pytest.raises((KeyError, ValueError)):
-        scheduler.load_state_dict(state)
-    assert (optimizer.state_dict(), scheduler.state_dict()) == before
+    follow(optimizer, scheduler, 3)
+    good = scheduler.state_dict()
+    for wrong in (None, [], "state", 5):
+        refused(scheduler, wrong, "a state dict is a dict, got")
+    refused(scheduler, {}, "the state dict has no '")
+    refused(scheduler, {"step": 5}, "the state dict has no '")
+    refused(scheduler, good | {"stepsize": 5}, "the state dict has 'stepsize', which .* does not keep")
+    refused(scheduler, good | {3: 5}, "the state dict has 3, which .* does not keep")
+    refused(scheduler, good | {"key": "weight_decay"}, "of a scheduler with key='weight_decay', this")
+    for name, value in good.items():
+        optional = ("use_beta1", "base_momentums", "max_momentums", "_is_initial", "_get_lr_called_within_step")
+        if name not in (*optional, "_anneal_func_type", "default_min_lr"):
+            refused(scheduler, {n: v for n, v in good.items() if n != name}, f"the state dict has no '{name}'")
+        if name == "default_min_lr" or value is None:
+            continue
+        for wrong in (object(), None, "abc", {1: 2}, [], [object()] * 3, [1.0] * 4):
+            if isinstance(value, type(wrong)) and (not isinstance(wrong, list) or wrong == value):
+                continue
+            if name == "_scale_fn_custom" and wrong is None:  # a function, which has nothing to load
+                continue
+            refused(scheduler, good | {name: wrong}, f"{name}|[Ss]chedulers")
+    for name, wrong in (("last_epoch", 2.5), ("_step_count", "1"), ("num_bad_epochs", 0.5)):
+        if name in good:
+            refused(scheduler, good | {name: wrong}, f"'{name}' of the state dict is {wrong!r}, expected a")
+    cyclic: Any = {}
+    cyclic["a"] = cyclic
+    refused(scheduler, good | {"last_epoch": cyclic}, "holds itself, or is nested too deeply|'last_epoch'")
+    scheduler.load_state_dict(good)
+    assert scheduler.state_dict() == good
+
+
+@pytest.mark.parametrize(
+    ("case", "entries"),
+    [
+        ("step", {"step_size": 0}),
+        ("constant", {"factor": 1.5}),
+        ("constant", {"total_iters": -1}),
+        ("linear", {"start_factor": 0.0}),
+        ("polynomial", {"total_iters": -1}),
+        ("cosine", {"T_max": 0}),
+        ("warm restarts", {"T_0": 0}),
+        ("warm restarts", {"T_i": -1}),
+        ("cyclic", {"mode": "square"}),
+        ("cyclic", {"total_size": 0.0}),
+        ("one cycle", {"total_steps": 0}),
+        ("one cycle", {"_anneal_func_type": "square"}),
+        ("one cycle", {"_schedule_phases": [{"end_step": 3}]}),
+        ("plateau", {"factor": 2.0}),
+        ("plateau", {"mode": "best"}),
+        ("sequence", {"_milestones": [9, 3]}),
+        ("sequence", {"_milestones": [9]}),
+        ("multi-step", {"milestones": {"abc": 1}}),
+    ],
+    ids=str,
+)
+def test_a_state_dict_with_a_value_out_of_range_is_refused(case: str, entries: Any) -> None:
+    scheduler = make(optim.lr_scheduler, case)(build())
+    refused(
+        scheduler,
+        scheduler.state_dict() | entries,
+        f"{str(next(iter(entries))).strip('_')}|[Ss]chedulers|strategy|Factor",
+    )
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("loaded", [False, True], ids=["scheduler alone", "optimizer too"])
+def test_a_failed_load_does_not_spoil_the_next(groups: int, loaded: bool) -> None:
+    """What the optimizer has noted of building must come back with the groups."""
+
+    def make(schedulers: int = 2) -> Any:
+        optimizer = build([1.0] * groups)
+        both = [optim.lr_scheduler.ExponentialLR(optimizer, 0.5), optim.lr_scheduler.ConstantLR(optimizer, 0.5, 20)]
+        return optimizer, optim.lr_scheduler.ChainedScheduler(both[:schedulers])
+
+    optimizer, scheduler = make()
+    follow(optimizer, scheduler, 4)
+    other, loading = make()
+    if loaded:
+        other.load_state_dict(optimizer.state_dict())
+    broken = copy.deepcopy(scheduler.state_dict())
+    broken["_schedulers"][1]["last_epoch"] = "abc"
+    refused(loading, broken, r"_schedulers\[1\]: 'last_epoch' of the state dict is 'abc', expected a number")
+    refused(loading, make(1)[1].state_dict(), "'_schedulers' .* expected a list with the state dicts of 2 schedulers")
+    loading.load_state_dict(scheduler.state_dict())
+    assert rates_of(other) == rates_of(optimizer) == [0.03125] * groups
+    assert follow(other, loading, 30) == follow(optimizer, scheduler, 30)
+
+
+def test_a_failed_load_leaves_the_attributes_of_functions() -> None:
+    optimizer, decay = build(), Decay(0.5)
+    inside = [
+        optim.lr_scheduler.LambdaLR(optimizer, decay),
+        optim.lr_scheduler.CyclicLR(optimizer, 0.1, 0.2, scale_fn=decay),
+        optim.lr_scheduler.StepLR(optimizer, 3),
+    ]
+    scheduler = optim.lr_scheduler.ChainedScheduler(inside)
+    state = scheduler.state_dict()
+    state["_schedulers"][0]["lr_lambdas"] = [{"factor": 0.1, "more": 1}] * 3
+    state["_schedulers"][2]["gamma"] = "abc"
+    refused(scheduler, state, r"_schedulers\[2\]: 'gamma'")
+    assert vars(decay) == {"factor": 0.5}
+
+
+class Warm(optim.lr_scheduler.StepLR):
+    """A class of the user's, with attributes of its own, and rates of groups where ours has one for all."""
+
+    def __init__(self, optimizer: Any, warm_up: int, **attributes: Any):
+        self.warm_up = warm_up
+        super().__init__(optimizer, 3, gamma=[0.5, 0.4, 0.3])  # pyright: ignore[reportArgumentType]
+        vars(self).update(attributes)
+
+    def get_lr(self) -> list[Any]:
+        return [rate * gamma for rate, gamma in zip(self._rates(), self.gamma, strict=False)]  # pyright: ignore
+
+
+def test_the_attributes_of_a_users_class_are_its_own_business() -> None:
+    optimizer = build()
+    scheduler = Warm(optimizer, 3, note="old", new=None)
+    follow(optimizer, scheduler, 2)
+    saved = scheduler.state_dict() | {"of another version": 1, "note": ["anything"], "gamma": [0.1, 0.2]}
+    del saved["warm_up"], saved["new"]
+    scheduler.load_state_dict(saved)
+    assert vars(scheduler)["of another version"] == 1
+    assert (scheduler.gamma, scheduler.note, scheduler.warm_up, scheduler.new) == ([0.1, 0.2], ["anything"], 3, None)
+    refused(scheduler, {"warm_up": 3}, "has no '")
+    refused(scheduler, saved | {"last_epoch": "abc"}, "'last_epoch' of the state dict is 'abc', expected a number")
+
+
+def test_an_attribute_of_ones_own_on_a_scheduler_of_ours() -> None:
+    scheduler: Any = optim.lr_scheduler.StepLR(build(), 3)
+    saved = scheduler.state_dict()
+    scheduler.note = "kept"
+    scheduler.load_state_dict(saved)
+    scheduler.load_state_dict(saved | {"note": "loaded"})
+    assert scheduler.note == "loaded"
+
+
+def test_state_dicts_of_other_versions_of_pytorch() -> None:
+    for case in ("step", "one cycle", "plateau"):
+        scheduler = make(optim.lr_scheduler, case)(build())
+        saved = scheduler.state_dict() | {"verbose": False}
+        for name in ("_is_initial", "_get_lr_called_within_step", "_anneal_func_type", "default_min_lr", "use_beta1"):
+            saved.pop(name, None)
+        scheduler.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("case", ["exponential", "lambda", "cyclic", "cosine", "chain", "sequence"])
+def test_a_run_that_is_saved_before_the_step_that_adopts_a_new_group_resumes(case: str) -> None:
+    optimizer = build()
+    scheduler = make(optim.lr_scheduler, case)(optimizer)
+    follow(optimizer, scheduler, 3)
+    optimizer.add_param_group({"params": [jnp.ones(())], "lr": 0.25})
+    saved = optimizer.state_dict(), scheduler.state_dict()
+    for order in (0, 1):
+        other = build((*RATES, 0.25))
+        resumed = make(optim.lr_scheduler, case)(other)
+        for each in (saved, saved[::-1])[order]:
+            (other if "param_groups" in each else resumed).load_state_dict(copy.deepcopy(each))
+        assert follow(other, resumed, 20) == follow(*copy.deepcopy((optimizer, scheduler)), 20)
+
+
+@pytest.mark.parametrize("case", ["step", "lambda of each group", "cyclic", "plateau", "sequence of a chain"])
+@pytest.mark.parametrize("what", ["build", "step", "load"])
+def test_an_interrupt_leaves_all_old_or_all_new(case: str, what: str) -> None:
+    optimizer = build()
+    scheduler = make(optim.lr_scheduler, case)(optimizer)
+    follow(optimizer, scheduler, 2)
+    saved = scheduler.state_dict()
+    follow(optimizer, scheduler, 5)
+    calls: dict[str, Callable[[], Any]] = {
+        "build": lambda: make(optim.lr_scheduler, "exponential")(optimizer),
+        "step": lambda: scheduler.step(*([1.0] if takes_metric(scheduler) else [])),
+        "load": lambda: scheduler.load_state_dict(saved),
+    }
+    before, count = contents(optimizer, scheduler), 0
+    for interrupted in interrupted_everywhere(base_module, calls[what]):
+        count += 1
+        assert (contents(optimizer, scheduler) == before) == interrupted
+    assert count > 15
 
 
 # --- Warnings and errors --------------------------------------------------------------------------------------------
@@ -901,6 +1143,73 @@ def test_errors_are_pytorchs(call: Any, torch: Any) -> None:
     ours, theirs = error(optim.lr_scheduler, build()), error(torch.optim.lr_scheduler, build_torch(torch))
     assert ours[0] is theirs[0]
     assert ours[1].startswith(theirs[1].rstrip(".")) or ours[0] in (NotImplementedError, TypeError)
+
+
+PERIODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "step_size": ("StepLR", {}),
+    "T_max": ("CosineAnnealingLR", {}),
+    "step_size_up": ("CyclicLR", dict(base_lr=0.1, max_lr=0.2)),
+    "div_factor": ("OneCycleLR", dict(max_lr=0.1, total_steps=10)),
+    "final_div_factor": ("OneCycleLR", dict(max_lr=0.1, total_steps=10)),
+}
+LENGTHS: dict[str, tuple[str, dict[str, Any]]] = {
+    "total_iters": ("ConstantLR", {}),
+    "total_iters ": ("LinearLR", {}),
+    "total_iters  ": ("PolynomialLR", {}),
+    "step_size_down": ("CyclicLR", dict(base_lr=0.1, max_lr=0.2)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "value", "bound"),
+    [(name, case, value, "above 0") for name, case in PERIODS.items() for value in (0, -3, 0.0, float("nan"))]
+    + [(name, case, value, "at least 0") for name, case in LENGTHS.items() for value in (-1, -0.5, float("nan"))],
+)
+def test_a_length_out_of_range_is_named(name: str, case: Any, value: float, bound: str) -> None:
+    """PyTorch divides by zero, at once or in the middle of the run, or takes a negative one for another."""
+    optimizer = build()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=rf"^{name.strip()} must be {bound}, got {value}"):
+        make(optim.lr_scheduler, case)(optimizer, **{name.strip(): value})
+    assert optimizer.state_dict() == before
+
+
+@pytest.mark.parametrize("name", PERIODS)
+def test_a_length_that_is_no_number_is_named(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{name} must be a number, got '3'"):
+        make(optim.lr_scheduler, PERIODS[name])(build(), **{name: "3"})
+
+
+@pytest.mark.parametrize("milestones", [[9, 3], ["a", 3], [float("nan"), 3]])
+def test_milestones_that_do_not_ascend(milestones: Any) -> None:
+    optimizer = build()
+    inside = [optim.lr_scheduler.StepLR(optimizer, 3) for _ in range(3)]
+    with pytest.raises(ValueError, match="milestones must be numbers that ascend, got"):
+        optim.lr_scheduler.SequentialLR(optimizer, inside, milestones)
+
+
+def test_a_scheduler_that_fails_when_it_is_built_leaves_nothing_behind() -> None:
+    class Fails(optim.lr_scheduler.LRScheduler):
+        def get_lr(self) -> list[float]:
+            if self.optimizer.param_groups[0]["lr"] == 7:
+                raise RuntimeError("no rate")
+            return self.base_lrs
+
+    optimizer = build()
+    optimizer.param_groups[0]["lr"] = 7
+    optimizer.step()
+    before = groups_of(optimizer), optimizer._scheduled, optimizer._step_called
+    with pytest.raises(RuntimeError, match="no rate"):
+        Fails(optimizer)
+    assert (groups_of(optimizer), optimizer._scheduled, optimizer._step_called) == before
+    optimizer.param_groups[0]["lr"] = 1
+    inner = Fails(optimizer)
+    follow(optimizer, inner, 2)
+    optimizer.param_groups[0]["initial_lr"] = 7
+    before = contents(optimizer, inner)
+    with pytest.raises(RuntimeError, match="no rate"):  # the sequence lets it begin again
+        optim.lr_scheduler.SequentialLR(optimizer, [inner], [])
+    assert contents(optimizer, inner) == before
 
 
 def test_momentum_to_cycle_is_missed_as_in_pytorch(torch: Any) -> None:
@@ -1235,3 +1544,86 @@ def test_preview_where_it_cannot_be() -> None:
     # One that looks at no metric does not take it for an epoch.
     step = optim.lr_scheduler.StepLR(build([1.0]), 1, gamma=0.5)
     assert optim.lr_scheduler.preview(step, 3, [7.0, 7.0]).ravel().tolist() == [1.0, 0.5, 0.25]
+
+
+# --- Showing --------------------------------------------------------------------------------------------------------
+
+
+SHOWN = {
+    "lambda": "LambdaLR(lr_lambda=warm_up) at epoch 2: lr [0.0428571, 0.0158571, 0.000428571]",
+    "lambda of each group": "LambdaLR(lr_lambda=[Decay, <lambda>, warm_up]) at epoch 2: lr [",
+    "multi-step": "MultiStepLR(milestones=[3, 50, 50, 120], gamma=0.3) at epoch 2: lr [0.1, 0.037, 0.001]",
+    "cosine": "CosineAnnealingLR(T_max=30, eta_min=0) at epoch 2: lr [0.0989074, 0.0365957, 0.000989074]",
+    "constant": "ConstantLR(factor=0.333333, total_iters=5) at epoch 2: lr [",
+    "cyclic of each group": (
+        "CyclicLR(base_lr=[0.01, 0.02, 0], max_lr=[0.3, 0.1, 0.2], step_size_up=9, step_size_down=9, "
+        "mode='triangular2', gamma=1, scale_mode='cycle', cycle_momentum=True, base_momentum=[0.7, 0.75, 0.8], "
+        "max_momentum=[0.9, 0.95, 0.85]) at epoch 2: lr ["
+    ),
+    "cyclic scale_fn": "scale_fn=Decay, scale_mode='iterations'",
+    "one cycle": "OneCycleLR(max_lr=0.4, total_steps=200, anneal_strategy='cos', cycle_momentum=True) at epoch 2: lr [",
+    "plateau abs": (
+        "ReduceLROnPlateau(mode='min', factor=0.5, patience=2, threshold=0.01, threshold_mode='abs', cooldown=2, "
+        "min_lr=[0.001, 0.0001, 0], eps=1e-08) at epoch 2: lr ["
+    ),
+    "sequence of a chain": """SequentialLR(
+    ChainedScheduler(
+        ConstantLR(factor=0.15, total_iters=31),
+        ExponentialLR(gamma=0.977),
+        StepLR(step_size=7, gamma=0.1),
+    ),
+    CosineAnnealingWarmRestarts(T_0=9, T_mult=1, eta_min=0),
+    milestones=[40],
+) at epoch 2: lr [""",
+    "chain of one": """ChainedScheduler(
+    CosineAnnealingLR(T_max=30, eta_min=0),
+): lr [0.0989074, 0.0365957, 0.000989074]""",
+}
+
+
+@every_case
+def test_a_scheduler_shows_its_arguments_its_epoch_and_its_rates(case: str) -> None:
+    optimizer = build()
+    scheduler = make(optim.lr_scheduler, case)(optimizer)
+    follow(optimizer, scheduler, 2)
+    before = contents(optimizer, scheduler)
+    shown = repr(scheduler)
+    assert SHOWN.get(case, f"{type(scheduler).__name__}(") in shown
+    assert f": lr [{scheduler.get_last_lr()[0]:g}, " in shown
+    assert "object at" not in shown
+    assert contents(optimizer, scheduler) == before
+
+
+def test_showing_another_number_and_arrays() -> None:
+    optimizer = build([jnp.asarray(0.25), jnp.full((1,), 0.5)])
+    scheduler = optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    assert repr(scheduler) == "ExponentialLR(gamma=0.5) at epoch 0: lr [0.25, 0.5]"
+    decay = optim.lr_scheduler.StepLR(optimizer, 3, key="weight_decay")
+    assert repr(decay) == "StepLR(step_size=3, gamma=0.1, key='weight_decay') at epoch 0: weight_decay [0, 0]"
+    scheduler.get_last_lr()[0].delete()
+    assert repr(scheduler) == "ExponentialLR(gamma=0.5) at epoch 0: lr [<ArrayImpl>, 0.5]"
+    assert repr(optim.swa_utils.SWALR(build(), [0.1, 0.1, 0.1])) == (
+        "SWALR(swa_lr=0.1, anneal_epochs=10, anneal_strategy='cos') at epoch 0: lr [0.1, 0.037, 0.001]"
+    )
+
+
+def test_showing_what_is_half_built_or_odd() -> None:
+    for name in sorted(set(optim.lr_scheduler.__all__) - {"find_lr", "preview"}):
+        cls = getattr(optim.lr_scheduler, name)
+        assert repr(cls.__new__(cls)) == f"{name}()"
+
+    class Odd(optim.lr_scheduler.LRScheduler):
+        def __init__(self, optimizer: Any, *args: Any, width: Any = 3, other: int = 4, **kwargs: Any):
+            self.width, self._other, self._last_lr = width, other, None
+            self.last_epoch = self.args = object()
+
+        def _arguments_elsewhere(self) -> Any:
+            raise RuntimeError("not yet")
+
+    class Hidden:
+        def __repr__(self) -> str:
+            raise RuntimeError("not shown")
+
+    assert repr(Odd(None)).startswith("Odd(width=3, other=4) at epoch <object obj")
+    assert repr(Odd(None, width=Hidden())).startswith("Odd(width=<Hidden instance at 0x")
+    assert repr(Warm(build(), 7)) == "Warm(warm_up=7) at epoch 0: lr [0.05, 0.0148, 0.0003]"

@@ -1,14 +1,14 @@
 """What all schedulers share: taking steps, writing groups, resuming."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from optimjax.lr_scheduler.entries import by_group, checked, is_number, like, shown
 from optimjax.optimizer import Optimizer
 from optimjax.state_dict import copied, plain
 
@@ -18,9 +18,11 @@ __all__ = [
     "Snapshot",
     "attributes_of",
     "building",
+    "check_number",
     "extended",
     "nested",
     "per_group",
+    "times",
     "unless_it_fails",
     "warn_of_epoch",
     "without_warnings",
@@ -66,8 +68,14 @@ class LRScheduler:
     key: str = "lr"
     takes_metric: bool = False  # whether `step` is given one
 
+    # Names of attributes besides those of the constructor's arguments; each class lists those that it adds.
+    _state: ClassVar[tuple[str, ...]] = ("base_lrs", "last_epoch", "_last_lr", "_step_count")  # always in a state dict
+    _optional_state: ClassVar[tuple[str, ...]] = ("key", "_get_lr_called_within_step", "_is_initial")
+    _by_group: ClassVar[frozenset[str]] = frozenset({"base_lrs", "_last_lr"})  # lists with a value for each group
+
     def __init__(self, optimizer: Optimizer, last_epoch: int = -1, *, key: str = "lr"):
         with building(optimizer):
+            self._check_arguments()
             self._schedule(optimizer, key)
             if last_epoch != -1:
                 for index, group in enumerate(optimizer.param_groups):
@@ -84,11 +92,18 @@ class LRScheduler:
                 optimizer._scheduled, optimizer._step_called = True, False
             self._initial_step()
 
+    def _check_arguments(self) -> None:
+        """Raise for an argument out of range, given to the constructor or loaded."""
+
+    def _arguments_elsewhere(self) -> dict[str, Any]:
+        """For showing: arguments that are not attributes of their name."""
+        return {}
+
     def _schedule(self, optimizer: Optimizer, key: str) -> None:
         self.optimizer = optimizer
         structural = optimizer.hyperparameters.kinds.keys() - set(optimizer.hyperparameters.numeric)
         for index, group in enumerate(optimizer.param_groups):
-            if key in structural or not _is_number(group.get(key)):
+            if key in structural or not is_number(group.get(key)):
                 raise TypeError(
                     f"key must name a number of the groups, got {key!r}, which is {group.get(key)!r} in "
                     f"param_groups[{index}]"
@@ -116,19 +131,34 @@ class LRScheduler:
 
         It undoes what building did to the groups, so that those that the optimizer had loaded before are there again;
         if it has loaded nothing, the rates become those of the saved run. What was edited since building stays.
+
+        Raises:
+          ValueError: it is not a dict, it lacks an entry or has one that this scheduler does not keep, or a value of
+            another kind, length or range, or it is of another ``key``; the message names the entry. Nothing has changed
+            then. Attributes that a subclass has added may be missing, new, and of any kind.
         """
         with unless_it_fails(self):
-            self._load(state_dict)
+            self._load(checked(self, state_dict))
+            self._check_arguments()
+
+    def _entry(self, name: str, value: Any) -> Any:
+        """The value of an entry of a state dict, as a plain one of the kind that is there now; or ``ValueError``."""
+        present = vars(self).get(name)
+        if name in self._by_group and isinstance(present, list):
+            return by_group(present, plain(value), name, len(self.optimizer.param_groups))
+        return like(present, plain(value), name)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        vars(self).update({name: plain(value) for name, value in state_dict.items()})
+        vars(self).update(state_dict)
         optimizer = self.optimizer
-        for group, built, rate in zip(optimizer.param_groups, optimizer._built, self._last_lr, strict=False):
+        noted = [dict(built) for built in optimizer._built]
+        for group, built, rate in zip(optimizer.param_groups, noted, self._last_lr, strict=False):
             for name, (before, after) in built.items():
                 if group.get(name) is after:
                     value = before if optimizer._loaded else rate if name == self.key else after
                     write(group, name, value)
                     built[name] = value, group[name]
+        optimizer._built = noted
 
     def get_last_lr(self) -> list[Rate]:
         """The learning rates that the last step set, one for each group."""
@@ -191,6 +221,9 @@ class LRScheduler:
     def _rates(self) -> list[Rate]:
         return [group[self.key] for group in self.optimizer.param_groups]
 
+    def __repr__(self) -> str:
+        return shown(self)
+
     def _warn_outside_step(self) -> None:
         if not self._get_lr_called_within_step:
             warnings.warn(
@@ -214,6 +247,13 @@ def write(group: dict[str, Any], name: str, value: Any) -> None:
     """Set a value of a group; where it has an array there, as an array of that dtype and shape."""
     old = group.get(name)
     group[name] = jnp.full_like(old, value) if isinstance(old, jax.Array) else value
+
+
+def times(rate: Rate, factor: Any) -> Rate:
+    """A rate times what a function of the user's returned; a rate in an array keeps its dtype."""
+    if isinstance(rate, jax.Array) and hasattr(factor, "dtype"):
+        factor = jnp.asarray(factor, rate.dtype)
+    return rate * factor
 
 
 def per_group(name: str, given: Any, optimizer: Optimizer) -> list[Any]:
@@ -250,17 +290,34 @@ def extended(name: str, values: list[Any], groups: int) -> list[Any]:
 
 
 class Snapshot:
-    """A scheduler, those inside it, and the groups it writes, to be restored."""
+    """All that building, stepping and loading schedulers changes, to be restored.
 
-    def __init__(self, scheduler: Any):
-        self._kept = [(vars(each), dict(vars(each))) for each in nested(scheduler)]
-        self._kept += [(group, dict(group)) for group in scheduler.optimizer.param_groups]
+    Args:
+      optimizer: whose groups are written, and which notes what schedulers do to them.
+      schedulers: those that change, with the objects that they call.
+    """
+
+    def __init__(self, optimizer: Optimizer, schedulers: Iterable["LRScheduler"] = ()):
+        changing = [*optimizer.param_groups]
+        for scheduler in schedulers:
+            changing += [vars(scheduler), *(vars(function) for function in _functions(scheduler))]
+        self._kept = [(present, dict(present)) for present in changing]
+        self._optimizer = optimizer
+        self._record = optimizer._built, optimizer._scheduled, optimizer._step_called  # the first is never edited
 
     def restore(self) -> None:
         """Put everything back."""
         for present, kept in self._kept:
             present.clear()
             present.update(kept)
+        self._optimizer._built, self._optimizer._scheduled, self._optimizer._step_called = self._record
+
+
+def _functions(scheduler: "LRScheduler") -> Iterator[Any]:
+    """The functions that a scheduler calls and that have attributes, which loading replaces."""
+    present = vars(scheduler)
+    functions = present.get("lr_lambdas", ()), (present.get("_scale_fn_custom"),)
+    return (each for several in functions for each in several if hasattr(each, "__dict__"))
 
 
 def nested(scheduler: Any) -> Iterator[Any]:
@@ -272,8 +329,8 @@ def nested(scheduler: Any) -> Iterator[Any]:
 
 @contextmanager
 def unless_it_fails(scheduler: Any) -> Iterator[None]:
-    """An error leaves schedulers and groups as they were."""
-    before = Snapshot(scheduler)
+    """An error leaves schedulers, groups and what the optimizer has noted as they were."""
+    before = Snapshot(scheduler.optimizer, nested(scheduler))
     try:
         yield
     except BaseException:
@@ -283,42 +340,50 @@ def unless_it_fails(scheduler: Any) -> Iterator[None]:
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Steps that no ``optimizer.step()`` comes before, for they are none of a training loop."""
+    """Steps without ``optimizer.step()`` before them, which are not those of a training loop."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield
 
 
 @contextmanager
-def building(optimizer: Any) -> Iterator[None]:
-    """While a scheduler is built: the optimizer notes what is overwritten; an error leaves the groups as they were.
+def building(optimizer: Any, schedulers: Iterable["LRScheduler"] = ()) -> Iterator[None]:
+    """While a scheduler is built, of these others: the optimizer notes what is overwritten; an error changes nothing.
 
     Raises:
       TypeError: not an optimizer.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
+    snapshot = Snapshot(optimizer, schedulers)
     before = [dict(group) for group in optimizer.param_groups]
     earlier = [dict(built) for built in optimizer._built] + [{} for _ in before[len(optimizer._built) :]]
     try:
         yield
+        for group, old, built in zip(optimizer.param_groups, before, earlier, strict=True):
+            for name, value in old.items():
+                # Of schedulers built one after the other, the first has found what was there before.
+                first, last = built.get(name, (None, None))
+                built[name] = first if last is value else value, group[name]
+        optimizer._built = earlier
     except BaseException:
-        for group, old in zip(optimizer.param_groups, before, strict=True):
-            group.clear()
-            group.update(old)
+        snapshot.restore()
         raise
-    optimizer._built = earlier
-    for group, old, built in zip(optimizer.param_groups, before, earlier, strict=True):
-        for name, value in old.items():
-            # Of schedulers built one after the other, the first has found what was there before.
-            first, last = built.get(name, (None, None))
-            built[name] = first if last is value else value, group[name]
+
+
+def check_number(name: str, value: Any, least: float, *, open_: bool = False) -> None:
+    """Raise unless an argument is a number of at least ``least``, or above it.
+
+    Raises:
+      TypeError: it is not a number.
+      ValueError: it is too small.
+    """
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (value > least if open_ else value >= least):
+        raise ValueError(f"{name} must be {'above' if open_ else 'at least'} {least}, got {value}")
 
 
 def attributes_of(function: Any) -> dict[str, Any] | None:
     """What is saved of a callable: the attributes of an object, nothing of a function, jitted or not."""
     return None if function is None or hasattr(function, "__qualname__") else dict(vars(function))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number, np.ndarray, jax.Array)) and not isinstance(value, bool)

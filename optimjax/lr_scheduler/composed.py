@@ -1,10 +1,13 @@
 """Schedulers made of schedulers."""
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, SupportsFloat
 
 from optimjax.lr_scheduler.base import LRScheduler, Rate, building, nested, unless_it_fails, without_warnings
+from optimjax.lr_scheduler.entries import entry_error, is_number
 from optimjax.optimizer import Optimizer
 
 __all__ = ["ChainedScheduler", "SequentialLR"]
@@ -15,6 +18,7 @@ class _Composed(LRScheduler):
 
     takes_metric = True
     _schedulers: list[LRScheduler]
+    _state = ("_schedulers",)
 
     def _take(self, schedulers: Sequence[LRScheduler], optimizer: Optimizer | None, wanted: str) -> None:
         name = type(self).__name__
@@ -62,26 +66,39 @@ class _Composed(LRScheduler):
         inner = [scheduler.state_dict() for scheduler in self._schedulers]
         return super().state_dict() | {"_schedulers": inner}
 
+    def _entry(self, name: str, value: Any) -> Any:
+        if name != "_schedulers":
+            return super()._entry(name, value)
+        count = len(self._schedulers)
+        if not isinstance(value, (list, tuple)) or len(value) != count:
+            raise entry_error(name, value, f"a list with the state dicts of {count} schedulers")
+        return value
+
     def _load(self, state_dict: dict[str, Any]) -> None:
-        for scheduler, saved in zip(self._schedulers, state_dict["_schedulers"], strict=True):
-            scheduler.load_state_dict(saved)
+        for index, (scheduler, saved) in enumerate(zip(self._schedulers, state_dict["_schedulers"], strict=True)):
+            try:
+                scheduler.load_state_dict(saved)
+            except ValueError as error:
+                raise ValueError(f"_schedulers[{index}]: {error}") from error
         super()._load({name: value for name, value in state_dict.items() if name != "_schedulers"})
 
 
 class SequentialLR(_Composed):
     """One scheduler after the other, each from the base learning rate on.
 
-    A sequence or a chain in the first place is one step ahead, as in PyTorch. Where schedulers have different keys,
-    :meth:`get_last_lr` tells of the first one's.
+    A sequence or a chain in the first place is one step ahead, as in PyTorch (pytorch#196243). Where schedulers have
+    different keys, :meth:`get_last_lr` reports the first one's.
 
     Args:
       optimizer: the optimizer whose groups are written.
       schedulers: in their order, all built for this optimizer; also ``ReduceLROnPlateau``, and sequences and chains.
-      milestones: the epochs at which the next one begins.
-      last_epoch: index of the last epoch done; -1 starts.
+      milestones: the epochs at which the next one begins, ascending. At 0 the first one has no turn.
+      last_epoch: index of the last epoch done; -1 starts. Otherwise every group must have its ``initial_lr``; the
+        schedulers inside are brought to their epochs, whatever ``last_epoch`` they were built with.
 
     Raises:
-      ValueError: no scheduler, a wrong number of milestones, or another optimizer.
+      ValueError: no scheduler, a wrong number of milestones, milestones that do not ascend, another optimizer, or
+        ``last_epoch`` where a ``ReduceLROnPlateau`` is inside, whose metrics only its state dict knows.
       TypeError: not a scheduler.
 
     >>> import jax.numpy as jnp, optimjax as optim
@@ -96,7 +113,15 @@ class SequentialLR(_Composed):
     ...     rates.append(scheduler.get_last_lr()[0])
     >>> rates
     [0.5, 0.5, 1.0, 0.5, 0.25]
+    >>> print(scheduler)
+    SequentialLR(
+        ConstantLR(factor=0.5, total_iters=2),
+        ExponentialLR(gamma=0.5),
+        milestones=[2],
+    ) at epoch 4: lr [0.25]
     """
+
+    _state = ("_milestones",)
 
     def __init__(
         self,
@@ -106,22 +131,35 @@ class SequentialLR(_Composed):
         last_epoch: int = -1,
     ):
         self._take(schedulers, optimizer, "")
+        self._milestones = list(milestones)
+        self._check_arguments()
+        if last_epoch >= 0 and any(leaf.takes_metric for leaf in self._leaves()):
+            raise ValueError(
+                f"last_epoch={last_epoch} cannot be resumed, because a ReduceLROnPlateau would need the metrics of the "
+                "epochs done: start with last_epoch=-1 and load the state dict"
+            )
+        with building(optimizer, nested(self)):
+            self.last_epoch = 0
+            # The schedulers have each taken a first step: undo these, and let the first one take it again.
+            self._reset_rates()
+            for leaf in self._leaves():
+                leaf.last_epoch = -1 if last_epoch >= 0 and leaf in self._schedulers else leaf.last_epoch - 1
+            with without_warnings():
+                self._first._initial_step()
+                for _ in range(last_epoch + 1):
+                    self._take_turn(None)
+            self._last_lr = self._rates()
+
+    def _check_arguments(self) -> None:
+        milestones, schedulers = self._milestones, self._schedulers
         if len(milestones) != len(schedulers) - 1:
             raise ValueError(
                 "Sequential Schedulers expects number of schedulers provided to be one more than the number of "
                 f"milestone points, but got number of schedulers {len(schedulers)} and the number of milestones to be "
                 f"equal to {len(milestones)}"
             )
-        with building(optimizer):
-            self._milestones = list(milestones)
-            self.last_epoch = last_epoch + 1
-            # The schedulers have each taken a first step: undo these, and let the first one take it again.
-            self._reset_rates()
-            for leaf in self._leaves():
-                leaf.last_epoch -= 1
-            with without_warnings():
-                self._first._initial_step()
-            self._last_lr = self._rates()
+        if not all(map(is_number, milestones)) or not all(a <= b for a, b in pairwise([-math.inf, *milestones])):
+            raise ValueError(f"milestones must be numbers that ascend, got {milestones}")
 
     @property
     def _first(self) -> LRScheduler:
@@ -134,14 +172,17 @@ class SequentialLR(_Composed):
           metrics: for a ``ReduceLROnPlateau`` whose turn it is.
         """
         with unless_it_fails(self):
-            self.last_epoch += 1
-            index = bisect_right(self._milestones, self.last_epoch)
-            scheduler = self._schedulers[index]
-            if index > 0 and self._milestones[index - 1] == self.last_epoch:
-                scheduler._restart()
-            else:
-                self._step_inner(scheduler, metrics)
+            self._take_turn(metrics)
             self._last_lr = self._rates()
+
+    def _take_turn(self, metrics: SupportsFloat | None) -> None:
+        self.last_epoch += 1
+        index = bisect_right(self._milestones, self.last_epoch)
+        scheduler = self._schedulers[index]
+        if index > 0 and self._milestones[index - 1] == self.last_epoch:
+            scheduler._restart()
+        else:
+            self._step_inner(scheduler, metrics)
 
     def _begin(self) -> None:
         self.last_epoch = 0
@@ -152,7 +193,7 @@ class SequentialLR(_Composed):
 class ChainedScheduler(_Composed):
     """Steps several schedulers together; each works on what those before it have left.
 
-    Where they have different keys, :meth:`get_last_lr` tells of the first one's.
+    Where they have different keys, :meth:`get_last_lr` reports the first one's.
 
     Args:
       schedulers: in their order, all built for the same optimizer; also ``ReduceLROnPlateau``, and sequences and

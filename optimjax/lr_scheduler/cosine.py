@@ -3,7 +3,7 @@
 import math
 
 from optimjax import schedules
-from optimjax.lr_scheduler.base import LRScheduler, Rate, unless_it_fails
+from optimjax.lr_scheduler.base import LRScheduler, Rate, check_number, unless_it_fails
 from optimjax.optimizer import Optimizer
 
 __all__ = ["CosineAnnealingLR", "CosineAnnealingWarmRestarts"]
@@ -24,10 +24,13 @@ class CosineAnnealingLR(LRScheduler):
 
     Args:
       optimizer: the optimizer whose groups are written.
-      T_max: epochs from the largest to the smallest rate.
+      T_max: epochs from the largest to the smallest rate, above 0.
       eta_min: the smallest rate, absolute.
       last_epoch: index of the last epoch done; -1 starts.
       key: which number of the groups is scheduled.
+
+    Raises:
+      ValueError: ``T_max`` is not positive.
 
     >>> import jax.numpy as jnp, optimjax as optim
     >>> optimizer = optim.SGD([jnp.ones(2)], lr=1.0)
@@ -51,6 +54,9 @@ class CosineAnnealingLR(LRScheduler):
         self.T_max = T_max
         self.eta_min = eta_min
         super().__init__(optimizer, last_epoch, key=key)
+
+    def _check_arguments(self) -> None:
+        check_number("T_max", self.T_max, 0, open_=True)
 
     def get_lr(self) -> list[Rate]:
         """The next rates from the present ones."""
@@ -105,6 +111,8 @@ class CosineAnnealingWarmRestarts(LRScheduler):
     [1.0, 0.5, 1.0, 0.854, 0.5]
     """
 
+    _state = ("T_i", "T_cur")
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -115,15 +123,18 @@ class CosineAnnealingWarmRestarts(LRScheduler):
         *,
         key: str = "lr",
     ):
-        if not isinstance(eta_min, (float, int)):
-            raise ValueError(f"Expected float or int eta_min, but got {eta_min} of type {type(eta_min)}")
-        schedules.cosine_annealing_warm_restarts(1.0, T_0, T_mult)  # judges the arguments
         self.T_0 = T_0
         self.T_i = T_0
         self.T_mult = T_mult
         self.eta_min = eta_min
         self.T_cur: float = last_epoch
         super().__init__(optimizer, last_epoch, key=key)
+
+    def _check_arguments(self) -> None:
+        if not isinstance(self.eta_min, (float, int)):
+            raise ValueError(f"Expected float or int eta_min, but got {self.eta_min} of type {type(self.eta_min)}")
+        schedules.cosine_annealing_warm_restarts(1.0, self.T_0, self.T_mult)
+        check_number("T_i", self.T_i, 0, open_=True)
 
     def get_lr(self) -> list[Rate]:
         """The rates at this place of the cycle."""

@@ -1,16 +1,28 @@
 """Schedulers that go up and down, and cycle the momentum the other way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any, Literal
 
 from optimjax import schedules
-from optimjax.lr_scheduler.base import LRScheduler, Rate, attributes_of, building, extended, per_group, write
+from optimjax.lr_scheduler.base import (
+    LRScheduler,
+    Rate,
+    attributes_of,
+    building,
+    check_number,
+    extended,
+    per_group,
+    write,
+)
+from optimjax.lr_scheduler.entries import entry_error
 from optimjax.optimizer import Optimizer
+from optimjax.state_dict import plain
 
 __all__ = ["CyclicLR", "OneCycleLR"]
 
 PerGroup = float | list[float]
+PHASE = {"end_step", "start_lr", "end_lr", "start_momentum", "end_momentum"}  # what a phase of OneCycleLR has
 
 
 def _uses_beta1(optimizer: Optimizer, key: str) -> bool:
@@ -30,7 +42,7 @@ def _write_momentum(group: dict[str, Any], value: Any) -> None:
 
 
 class CyclicLR(LRScheduler):
-    """Straight from ``base_lr`` up to ``max_lr`` and down again, over and over; for one call a batch.
+    """Straight from ``base_lr`` up to ``max_lr`` and down again, over and over; call :meth:`step` after each batch.
 
     Smith, "Cyclical learning rates for training neural networks", WACV 2017 (arXiv:1506.01186).
 
@@ -38,10 +50,10 @@ class CyclicLR(LRScheduler):
       optimizer: the optimizer whose groups are written.
       base_lr: the lowest rate, one or a list with one for each group.
       max_lr: the highest rate of the first cycle, one or a list.
-      step_size_up: batches of the way up.
-      step_size_down: batches of the way down; as many unless given.
+      step_size_up: batches of the way up, above 0.
+      step_size_down: batches of the way down, at least 0; as many unless given.
       mode: ``"triangular"``: all cycles are equal; ``"triangular2"``: each is half as high as the last;
-        ``"exp_range"``: the height is times ``gamma`` for each batch.
+        ``"exp_range"``: the height is multiplied by ``gamma`` every batch.
       gamma: see ``mode``.
       scale_fn: in place of ``mode``: the height, by the number of the cycle (from 1) or of the batch.
       scale_mode: ``"cycle"`` or ``"iterations"``: what ``scale_fn`` is called with.
@@ -52,8 +64,8 @@ class CyclicLR(LRScheduler):
       key: which number of the groups is scheduled.
 
     Raises:
-      ValueError: an unknown mode, a list of another length than the groups, no momentum to cycle, or one that ``key``
-        names already.
+      ValueError: an unknown mode, a number of batches out of range, a list of another length than the groups, no
+        momentum to cycle, or one that ``key`` names already.
 
     >>> import jax.numpy as jnp, optimjax as optim
     >>> optimizer = optim.SGD([jnp.ones(2)], lr=0.1, momentum=0.9)
@@ -64,6 +76,10 @@ class CyclicLR(LRScheduler):
     >>> scheduler.get_last_lr(), optimizer.param_groups[0]["momentum"]
     ([0.5], 0.8)
     """
+
+    _state = ("total_size", "step_ratio", "scale_mode", "max_lrs", "_scale_fn_custom")
+    _optional_state = ("use_beta1", "base_momentums", "max_momentums")
+    _by_group = LRScheduler._by_group | {"max_lrs", "base_momentums", "max_momentums"}
 
     def __init__(
         self,
@@ -90,13 +106,16 @@ class CyclicLR(LRScheduler):
                 for group, rate in zip(optimizer.param_groups, base_lrs, strict=True):
                     write(group, key, rate)
             self.max_lrs = per_group("max_lr", max_lr, optimizer)
+            check_number("step_size_up", step_size_up, 0, open_=True)
             up = float(step_size_up)
+            if step_size_down is not None:
+                check_number("step_size_down", step_size_down, 0)
             self.total_size = up + (float(step_size_down) if step_size_down is not None else up)
             self.step_ratio = up / self.total_size
-            _, self.scale_mode = schedules.cyclic_scale(mode, gamma, scale_fn, scale_mode)
             self.mode = mode
             self.gamma = gamma
             self._scale_fn_custom = scale_fn
+            _, self.scale_mode = schedules.cyclic_scale(mode, gamma, scale_fn, scale_mode)
             self.cycle_momentum = cycle_momentum
             if cycle_momentum:
                 self.use_beta1 = _uses_beta1(optimizer, key)
@@ -109,6 +128,16 @@ class CyclicLR(LRScheduler):
                         group["base_momentum"] = self.base_momentums[index]
             super().__init__(optimizer, last_epoch, key=key)
             self.base_lrs = base_lrs
+
+    def _check_arguments(self) -> None:
+        schedules.cyclic_scale(self.mode, self.gamma, self._scale_fn_custom, self.scale_mode)
+        check_number("total_size", self.total_size, 0, open_=True)
+        check_number("step_ratio", self.step_ratio, 0, open_=True)
+
+    def _arguments_elsewhere(self) -> dict[str, Any]:
+        up = self.total_size * self.step_ratio
+        scale = {} if self._scale_fn_custom is None else {"scale_fn": self._scale_fn_custom}
+        return {"step_size_up": up, "step_size_down": self.total_size - up, **scale}
 
     def get_lr(self) -> list[Rate]:
         """The rates at this place of the cycle; writes the momentum."""
@@ -144,6 +173,13 @@ class CyclicLR(LRScheduler):
         """
         return super().state_dict() | {"_scale_fn_custom": attributes_of(self._scale_fn_custom)}
 
+    def _entry(self, name: str, value: Any) -> Any:
+        if name != "_scale_fn_custom":
+            return super()._entry(name, value)
+        if value is None or (isinstance(value, Mapping) and hasattr(self._scale_fn_custom, "__dict__")):
+            return plain(value)
+        raise entry_error(name, value, f"the attributes of {self._scale_fn_custom!r}")
+
     def _load(self, state_dict: dict[str, Any]) -> None:
         super()._load({name: value for name, value in state_dict.items() if name != "_scale_fn_custom"})
         if attributes := state_dict["_scale_fn_custom"]:
@@ -151,7 +187,7 @@ class CyclicLR(LRScheduler):
 
 
 class OneCycleLR(LRScheduler):
-    """Once up to ``max_lr`` and down to a small fraction of it; for one call a batch.
+    """Once up to ``max_lr`` and down to a small fraction of it; call :meth:`step` after each batch.
 
     Smith, Topin, "Super-convergence: very fast training of neural networks using large learning rates", 2018
     (arXiv:1708.07120).
@@ -166,8 +202,8 @@ class OneCycleLR(LRScheduler):
       cycle_momentum: whether ``momentum``, or the first of ``betas``, goes down as the rate goes up.
       base_momentum: its lowest value, one or a list.
       max_momentum: its highest value, one or a list.
-      div_factor: the first rate is ``max_lr / div_factor``.
-      final_div_factor: the last one is the first divided by this.
+      div_factor: the first rate is ``max_lr / div_factor``; above 0.
+      final_div_factor: the last one is the first divided by this; above 0.
       three_phase: whether the rate comes back to the first one, symmetrically, before the last phase.
       last_epoch: index of the last batch done; -1 starts.
       key: which number of the groups is scheduled.
@@ -185,6 +221,9 @@ class OneCycleLR(LRScheduler):
     >>> scheduler.get_last_lr(), optimizer.param_groups[0]["betas"]
     ([1.0], (0.85, 0.999))
     """
+
+    _state = ("_schedule_phases",)
+    _optional_state = ("_anneal_func_type", "use_beta1")
 
     def __init__(
         self,
@@ -219,6 +258,8 @@ class OneCycleLR(LRScheduler):
                 for end, (a, b), (c, d) in zip(ends, pairwise(rates), pairwise(momenta), strict=True)
             ]
             self._anneal_func_type = anneal_strategy
+            check_number("div_factor", div_factor, 0, open_=True)
+            check_number("final_div_factor", final_div_factor, 0, open_=True)
             max_lrs = per_group("max_lr", max_lr, optimizer)
             if last_epoch == -1:
                 for group, highest in zip(optimizer.param_groups, max_lrs, strict=True):
@@ -235,6 +276,19 @@ class OneCycleLR(LRScheduler):
                         _write_momentum(group, high)
                         group["max_momentum"], group["base_momentum"] = high, low
             super().__init__(optimizer, last_epoch, key=key)
+
+    def _check_arguments(self) -> None:
+        schedules.one_cycle_steps(self.total_steps, None, None)
+        schedules.annealing(self._anneal_func_type)
+        if not self._schedule_phases:
+            raise entry_error("_schedule_phases", [], "a list of phases")
+        for index, phase in enumerate(self._schedule_phases):
+            if not isinstance(phase, Mapping) or not phase.keys() >= PHASE:
+                raise entry_error(f"_schedule_phases[{index}]", phase, f"a dict with {sorted(PHASE)}")
+
+    def _arguments_elsewhere(self) -> dict[str, Any]:
+        peaks = [group[f"max_{self.key}"] for group in self.optimizer.param_groups]
+        return {"max_lr": peaks, "anneal_strategy": self._anneal_func_type}
 
     def get_lr(self) -> list[Rate]:
         """The rates at this place of the cycle; writes the momentum."""

@@ -2,12 +2,14 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from optimjax import schedules
-from optimjax.lr_scheduler.base import LRScheduler, Rate, attributes_of, building, extended
+from optimjax.lr_scheduler.base import LRScheduler, Rate, attributes_of, building, check_number, extended, times
+from optimjax.lr_scheduler.entries import entry_error
 from optimjax.optimizer import Optimizer
+from optimjax.state_dict import plain
 
 __all__ = [
     "ConstantLR",
@@ -45,6 +47,8 @@ class LambdaLR(LRScheduler):
     [0.125, 0.25, 0.375, 0.5, 0.5]
     """
 
+    _state = ("lr_lambdas",)
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -71,18 +75,31 @@ class LambdaLR(LRScheduler):
         """
         return super().state_dict() | {"lr_lambdas": [attributes_of(function) for function in self.lr_lambdas]}
 
+    def _entry(self, name: str, value: Any) -> Any:
+        if name != "lr_lambdas":
+            return super()._entry(name, value)
+        value, groups = plain(value), len(self.optimizer.param_groups)
+        if not isinstance(value, (list, tuple)) or not 0 < len(value) <= groups:
+            raise entry_error(name, value, f"a list with None or a dict for each of {groups} groups")
+        for index, attributes in enumerate(value):
+            if attributes is not None and not isinstance(attributes, Mapping):
+                raise entry_error(f"{name}[{index}]", attributes, "None, or a dict of attributes")
+        return value
+
     def _load(self, state_dict: dict[str, Any]) -> None:
         saved = state_dict["lr_lambdas"]
         self._extend(len(saved))
         super()._load({name: value for name, value in state_dict.items() if name != "lr_lambdas"})
-        for function, attributes in zip(self.lr_lambdas, saved, strict=True):
+        for function, attributes in zip(self.lr_lambdas, saved, strict=False):
             if attributes:
                 vars(function).update(attributes)
 
     def get_lr(self) -> list[Rate]:
         """Initial rates times factors."""
         self._warn_outside_step()
-        return [base * factor(self.last_epoch) for factor, base in zip(self.lr_lambdas, self.base_lrs, strict=True)]
+        return [
+            times(base, factor(self.last_epoch)) for factor, base in zip(self.lr_lambdas, self.base_lrs, strict=True)
+        ]
 
     def _adopt_groups(self) -> None:
         super()._adopt_groups()
@@ -121,7 +138,9 @@ class MultiplicativeLR(LambdaLR):
         self._warn_outside_step()
         if self._is_initial:
             return self._rates()
-        return [rate * factor(self.last_epoch) for factor, rate in zip(self.lr_lambdas, self._rates(), strict=True)]
+        return [
+            times(rate, factor(self.last_epoch)) for factor, rate in zip(self.lr_lambdas, self._rates(), strict=True)
+        ]
 
 
 class StepLR(LRScheduler):
@@ -129,10 +148,13 @@ class StepLR(LRScheduler):
 
     Args:
       optimizer: the optimizer whose groups are written.
-      step_size: epochs between two cuts.
+      step_size: epochs between two cuts, above 0.
       gamma: factor of each cut.
       last_epoch: index of the last epoch done; -1 starts.
       key: which number of the groups is scheduled.
+
+    Raises:
+      ValueError: ``step_size`` is not positive.
 
     >>> import jax.numpy as jnp, optimjax as optim
     >>> optimizer = optim.SGD([jnp.ones(2)], lr=1.0)
@@ -151,6 +173,9 @@ class StepLR(LRScheduler):
         self.gamma = gamma
         super().__init__(optimizer, last_epoch, key=key)
 
+    def _check_arguments(self) -> None:
+        check_number("step_size", self.step_size, 0, open_=True)
+
     def get_lr(self) -> list[Rate]:
         """The present rates, cut where it is time."""
         self._warn_outside_step()
@@ -167,7 +192,7 @@ class MultiStepLR(LRScheduler):
 
     Args:
       optimizer: the optimizer whose groups are written.
-      milestones: epochs; one that is named twice cuts twice.
+      milestones: epochs; a repeated one applies twice.
       gamma: factor of each cut.
       last_epoch: index of the last epoch done; -1 starts.
       key: which number of the groups is scheduled.
@@ -197,7 +222,10 @@ class MultiStepLR(LRScheduler):
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         saved = state_dict["milestones"].items()
-        milestones = {json.loads(epoch) if isinstance(epoch, str) else epoch: count for epoch, count in saved}
+        try:
+            milestones = {json.loads(epoch) if isinstance(epoch, str) else epoch: count for epoch, count in saved}
+        except ValueError:
+            raise entry_error("milestones", state_dict["milestones"], "a dict from epochs to counts") from None
         super()._load(state_dict | {"milestones": Counter(milestones)})
 
     def get_lr(self) -> list[Rate]:
@@ -219,12 +247,12 @@ class ConstantLR(LRScheduler):
     Args:
       optimizer: the optimizer whose groups are written.
       factor: from 0 to 1.
-      total_iters: how many epochs it lasts.
+      total_iters: how many epochs it lasts, at least 0.
       last_epoch: index of the last epoch done; -1 starts.
       key: which number of the groups is scheduled.
 
     Raises:
-      ValueError: the factor is out of range.
+      ValueError: an argument is out of range.
 
     >>> import jax.numpy as jnp, optimjax as optim
     >>> optimizer = optim.SGD([jnp.ones(2)], lr=1.0)
@@ -247,10 +275,13 @@ class ConstantLR(LRScheduler):
         *,
         key: str = "lr",
     ):
-        schedules.constant(1.0, factor, total_iters)  # judges the arguments
         self.factor = factor
         self.total_iters = total_iters
         super().__init__(optimizer, last_epoch, key=key)
+
+    def _check_arguments(self) -> None:
+        schedules.constant(1.0, self.factor)
+        check_number("total_iters", self.total_iters, 0)
 
     def get_lr(self) -> list[Rate]:
         """The present rates, cut at the first epoch and restored at the last."""
@@ -274,12 +305,12 @@ class LinearLR(LRScheduler):
       optimizer: the optimizer whose groups are written.
       start_factor: above 0, at most 1.
       end_factor: from 0 to 1.
-      total_iters: how many epochs it takes.
+      total_iters: how many epochs it takes, at least 0.
       last_epoch: index of the last epoch done; -1 starts.
       key: which number of the groups is scheduled.
 
     Raises:
-      ValueError: a factor is out of range.
+      ValueError: an argument is out of range.
 
     >>> import jax.numpy as jnp, optimjax as optim
     >>> optimizer = optim.SGD([jnp.ones(2)], lr=1.0)
@@ -303,11 +334,14 @@ class LinearLR(LRScheduler):
         *,
         key: str = "lr",
     ):
-        schedules.linear(1.0, start_factor, end_factor, total_iters)  # judges the arguments
         self.start_factor = start_factor
         self.end_factor = end_factor
         self.total_iters = total_iters
         super().__init__(optimizer, last_epoch, key=key)
+
+    def _check_arguments(self) -> None:
+        schedules.linear(1.0, self.start_factor, self.end_factor)
+        check_number("total_iters", self.total_iters, 0)
 
     def get_lr(self) -> list[Rate]:
         """The next rates from the present ones."""
@@ -364,10 +398,13 @@ class PolynomialLR(LRScheduler):
 
     Args:
       optimizer: the optimizer whose groups are written.
-      total_iters: how many epochs it takes.
+      total_iters: how many epochs it takes, at least 0.
       power: of the share; 1 goes straight down.
       last_epoch: index of the last epoch done; -1 starts.
       key: which number of the groups is scheduled.
+
+    Raises:
+      ValueError: ``total_iters`` is negative.
 
     >>> import jax.numpy as jnp, optimjax as optim
     >>> optimizer = optim.SGD([jnp.ones(2)], lr=1.0)
@@ -385,6 +422,9 @@ class PolynomialLR(LRScheduler):
         self.total_iters = total_iters
         self.power = power
         super().__init__(optimizer, last_epoch, key=key)
+
+    def _check_arguments(self) -> None:
+        check_number("total_iters", self.total_iters, 0)
 
     def get_lr(self) -> list[Rate]:
         """The next rates from the present ones."""

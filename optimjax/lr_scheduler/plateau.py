@@ -39,6 +39,9 @@ class ReduceLROnPlateau(LRScheduler):
     """
 
     takes_metric = True
+    _state = ("best", "num_bad_epochs", "cooldown_counter", "mode_worse", "min_lrs")
+    _optional_state = ("default_min_lr",)
+    _by_group = LRScheduler._by_group | {"min_lrs"}
 
     def __init__(
         self,
@@ -54,8 +57,14 @@ class ReduceLROnPlateau(LRScheduler):
         *,
         key: str = "lr",
     ):
-        if factor >= 1.0:
-            raise ValueError(f"Factor should be < 1.0, got {factor}")
+        self.mode = mode
+        self.factor = factor
+        self.patience = patience
+        self.threshold = threshold
+        self.threshold_mode = threshold_mode
+        self.cooldown = cooldown
+        self.eps = eps
+        self._check_arguments()
         with building(optimizer):
             self._schedule(optimizer, key)
         groups = len(optimizer.param_groups)
@@ -67,18 +76,15 @@ class ReduceLROnPlateau(LRScheduler):
         else:
             self.default_min_lr = min_lr
             self.min_lrs = [min_lr] * groups
-        schedules.improvement(mode, threshold, threshold_mode)  # judges the arguments
-        self.mode = mode
-        self.factor = factor
-        self.patience = patience
-        self.threshold = threshold
-        self.threshold_mode = threshold_mode
-        self.cooldown = cooldown
-        self.eps = eps
         self.last_epoch = 0
         self.mode_worse = schedules.worst(mode)
         self._last_lr = self._rates()
         self._reset()
+
+    def _check_arguments(self) -> None:
+        if self.factor >= 1.0:
+            raise ValueError(f"Factor should be < 1.0, got {self.factor}")
+        schedules.improvement(self.mode, self.threshold, self.threshold_mode)
 
     def _reset(self) -> None:
         self.best = self.mode_worse

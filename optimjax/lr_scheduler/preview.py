@@ -5,7 +5,7 @@ from typing import Any, SupportsFloat
 
 import numpy as np
 
-from optimjax.lr_scheduler.base import LRScheduler, Snapshot, without_warnings
+from optimjax.lr_scheduler.base import LRScheduler, Snapshot, nested, without_warnings
 from optimjax.step import concrete
 
 __all__ = ["preview"]
@@ -38,7 +38,7 @@ def preview(scheduler: LRScheduler, steps: int, metrics: Sequence[SupportsFloat]
     rates = np.empty((steps, len(groups)))
     if metrics is not None and len(metrics) < steps - 1:
         raise ValueError(f"expected a metric for each of {steps - 1} steps, got {len(metrics)}")
-    before = Snapshot(scheduler)
+    before = Snapshot(scheduler.optimizer, nested(scheduler))
     each: Any = scheduler
     try:
         with without_warnings():
