@@ -221,7 +221,7 @@ def _in_portions(portions: list[list[int]], function: Callable[[list[Any]], list
 def _sum_of_powers(grads: Sequence[Any], order: float) -> Array:
     """The sum of absolute values to the power of the order; of infinite order their maximum."""
     powers = [_powers(grad, order) for grad in grads]
-    dtype = jnp.result_type(*(power.dtype for power in powers))
+    dtype = np.result_type(*(power.dtype for power in powers))
     return functools.reduce(_plus(order), (power.astype(dtype) for power in powers))
 
 

@@ -445,9 +445,10 @@ def test_an_interrupt_leaves_gradients_all_old_or_all_new(clip: Any) -> None:
     assert len(outcomes) > 20
 
 
-DTYPES = ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64"]
+DTYPES = ["float32", "float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64"]
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("norm_type", [0.5, 1, 2, 3.5, INF])
 def test_strict_promotion_and_every_dtype(norm_type: float) -> None:
     """Also of several dtypes together, with every kind of limit, and derivatives."""
