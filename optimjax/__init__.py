@@ -1,5 +1,7 @@
 """``torch.optim`` for JAX: the optimizers, groups and state dicts of PyTorch over pure, compiled updates."""
 
+from typing import TYPE_CHECKING
+
 from optimjax import functional, lr_scheduler, optimizer, plot, schedules, swa_utils
 from optimjax.algorithms.adadelta import Adadelta
 from optimjax.algorithms.adafactor import Adafactor
@@ -59,3 +61,31 @@ __all__ = [
     "schedules",
     "swa_utils",
 ]
+
+
+def __dir__() -> list[str]:
+    """Public names, for tab completion: the modules that they come from are in the namespace as well."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+
+
+if not TYPE_CHECKING:  # for a type checker, a module with this function has every attribute
+
+    def __getattr__(name: str) -> None:
+        """Say where a name is to be found that is written otherwise, or is in one of the modules."""
+        message = f"module {__name__!r} has no attribute {name!r}"
+        if name.startswith("_"):  # tools ask for many of these
+            raise AttributeError(message)
+        places = {
+            "optim": __all__,
+            "the pure function optim.functional": functional.__all__,
+            "optim.lr_scheduler": lr_scheduler.__all__,
+            "optim.schedules": schedules.__all__,
+            "optim.swa_utils": swa_utils.__all__,
+        }
+        found = [
+            f"{place}.{public}"
+            for place, names in places.items()
+            for public in names
+            if public.replace("_", "").lower() == name.replace("_", "").lower()
+        ]
+        raise AttributeError(f"{message}: you may mean {', or '.join(found)}" if found else message)

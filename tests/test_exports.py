@@ -47,6 +47,31 @@ def test_all_names_what_is_there(package: Any) -> None:
     assert [name for name in package.__all__ if not hasattr(package, name)] == []
 
 
+@pytest.mark.parametrize("package", [optim, F], ids=lambda package: package.__name__)
+def test_dir_shows_what_is_public(package: Any) -> None:
+    assert [name for name in dir(package) if not name.startswith("__")] == sorted(package.__all__)
+    assert {"__all__", "__doc__", "__file__", "__name__", "__spec__"} <= set(dir(package))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("adam", ": you may mean optim.Adam, or the pure function optim.functional.adam"),
+        ("Sparse_Adam", ": you may mean optim.SparseAdam, or the pure function optim.functional.sparse_adam"),
+        ("StepLR", ": you may mean optim.lr_scheduler.StepLR"),
+        ("cosine_annealing", ": you may mean optim.schedules.cosine_annealing"),
+        ("AveragedModel", ": you may mean optim.swa_utils.AveragedModel"),
+        ("absent", ""),
+        ("__wrapped__", ""),
+    ],
+)
+def test_a_name_that_is_not_there(name: str, hint: str) -> None:
+    with pytest.raises(AttributeError) as error:
+        getattr(optim, name)
+    assert str(error.value) == f"module 'optimjax' has no attribute {name!r}{hint}"
+    assert not hasattr(optim, name)
+
+
 @every_case
 def test_signature_is_pytorchs(torch: Any, case: Case) -> None:
     theirs = arguments(getattr(torch.optim, case.torch))
