@@ -1,4 +1,4 @@
-"""The command line: ``python -m optimjax demo``."""
+"""The command line: ``python -m optimjax demo``; alone, ``python -m optimjax`` prints what there is."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the arguments, run the command and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m optimjax", description="torch.optim for JAX.")
     parser.add_argument("--version", action="version", version=f"optimjax {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="command")
+    commands = parser.add_subparsers(dest="command", metavar="command")
     demo = commands.add_parser(
         "demo",
         help="train on the handwritten digits and compare optimizers",
@@ -27,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--seed", type=_at_least(0), default=0, help="of the initial weights and the batches")
     demo.set_defaults(run=_demo)
     options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
     return options.run(options)
 
 

@@ -4,6 +4,7 @@
 """
 
 import math
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -33,6 +35,7 @@ OPTIMIZERS: dict[str, Callable[[nnx.Module], optim.Optimizer]] = {
     "RMSprop": lambda model: optim.RMSprop(model, lr=0.01),
     "Adam": lambda model: optim.Adam(model, lr=0.01),
 }
+NARROW = 70  # columns of a terminal: with fewer, neither the bars nor the table would leave room for the names
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC3377")  # told apart by colour-blind eyes too
 
 
@@ -154,37 +157,47 @@ def train(
 
 def run(epochs: int, seed: int, out: Path) -> None:
     """Train with each optimizer, print the table, write the picture."""
-    console = Console()
+    console = _console()
     data = Data.load()
     console.print(
         f"{len(data.train_labels)} handwritten digits to learn from, {len(data.test_labels)} to test on; "
         f"the same initial weights and batches for every optimizer (seed {seed})."
     )
     steps = epochs * data.batches_per_epoch
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-        TimeElapsedColumn(),
-    )
     results = {}
-    with Progress(*columns, console=console) as progress:
+    with _progress(console) as progress:
         for name, make_optimizer in OPTIMIZERS.items():
             task = progress.add_task(name, total=steps, loss=math.nan)
             results[name] = train(
                 make_optimizer, data, epochs, seed, lambda loss, task=task: progress.update(task, advance=1, loss=loss)
             )
-    console.print(_table(results))
+    _report(console, results)
     _figure(results, data.batches_per_epoch).savefig(out)
     console.print("Loss curves and learning rate:", str(out), soft_wrap=True)  # a path must not be broken
+
+
+def _console() -> Console:
+    console = Console()
+    if console.is_dumb_terminal:  # Rich takes each of these to be 80 columns wide
+        console.size = shutil.get_terminal_size()
+    return console
+
+
+def _progress(console: Console) -> Progress:
+    name, bar, loss = TextColumn("{task.description}"), BarColumn(), TextColumn("loss {task.fields[loss]:.4f}")
+    if console.width < NARROW:
+        return Progress(name, MofNCompleteColumn(), loss, console=console)
+    return Progress(name, bar, MofNCompleteColumn(), loss, TimeElapsedColumn(), console=console)
+
+
+def _report(console: Console, results: dict[str, Result]) -> None:
+    console.print(_lines(results) if console.width < NARROW else _table(results))
 
 
 def _table(results: dict[str, Result]) -> Table:
     table = Table("Optimizer")
     for title in ("peak lr", "final loss", "test accuracy", "ms per step"):
         table.add_column(title, justify="right")
-    best = max(result.test_accuracy for result in results.values())
     for name, result in results.items():
         table.add_row(
             name,
@@ -192,9 +205,22 @@ def _table(results: dict[str, Result]) -> Table:
             f"{result.final_loss:.4f}",
             f"{result.test_accuracy:.1%}",
             f"{result.ms_per_step:.2f}",
-            style="bold green" if result.test_accuracy == best else None,
+            style=_style(result, results),
         )
     return table
+
+
+def _lines(results: dict[str, Result]) -> Text:
+    """What the table says, for a narrow terminal."""
+    lines = []
+    for name, result in results.items():
+        numbers = f"loss {result.final_loss:.4f}, accuracy {result.test_accuracy:.1%}, {result.ms_per_step:.2f} ms"
+        lines.append(Text(f"{name}, peak lr {result.lr:g}\n  {numbers}", _style(result, results)))
+    return Text("\n").join(lines)
+
+
+def _style(result: Result, results: dict[str, Result]) -> str:
+    return "bold green" if result.test_accuracy == max(other.test_accuracy for other in results.values()) else ""
 
 
 def _figure(results: dict[str, Result], batches_per_epoch: int) -> Figure:

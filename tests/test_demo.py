@@ -1,6 +1,8 @@
 """The command line: the demo from start to end, and what it says when something is wrong."""
 
+import io
 import os
+import re
 import subprocess
 import sys
 
@@ -28,6 +30,35 @@ def test_demo_prints_table_and_writes_picture(tmp_path):
     picture = (tmp_path / "curves.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 10_000
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_fits_the_terminal(width):
+    from rich.console import Console
+
+    from optimjax import demo
+
+    console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
+    progress = demo._progress(console)
+    for name in demo.OPTIMIZERS:
+        progress.add_task(name, total=660, completed=660, loss=0.1234)
+    console.print(progress.get_renderable())
+    demo._report(console, dict.fromkeys(demo.OPTIMIZERS, demo.Result([], [], 0.01, 0.0123, 0.9876, 10.25)))
+    shown = console.file.getvalue()
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= width
+    for name in demo.OPTIMIZERS:
+        assert len(re.findall(rf"^\W*{name}\b", shown, re.MULTILINE)) >= 2, shown
+    assert shown.count("660/660 loss 0.1234") == shown.count("98.8%") == shown.count("10.25") == 4
+
+
+def test_dumb_terminal_is_as_wide_as_it_says(monkeypatch):
+    from optimjax import demo
+
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # for Rich: it is a terminal, though pytest has redirected the output
+    monkeypatch.setenv("COLUMNS", "60")
+    assert demo._console().width == 60
 
 
 def test_every_optimizer_learns():
@@ -64,7 +95,7 @@ def test_same_seed_same_run():
         ("demo --out a.gif", "--out: must end in .png, got 'a.gif'"),
         ("demo --out folder.png", "--out: 'folder.png' is a directory"),
         ("demo --epoch-count 3", "unrecognized arguments: --epoch-count 3"),
-        ("", "the following arguments are required: command"),
+        ("dmeo", "invalid choice: 'dmeo' (choose from"),
     ],
 )
 def test_bad_arguments(arguments, message, tmp_path, monkeypatch, capsys):
@@ -74,6 +105,13 @@ def test_bad_arguments(arguments, message, tmp_path, monkeypatch, capsys):
         main(arguments.split())
     assert stop.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_without_a_command_the_help_is_printed(capsys):
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: python -m optimjax ")
+    assert "train on the handwritten digits" in shown
 
 
 def test_picture_that_cannot_be_written(tmp_path, monkeypatch, capsys):
