@@ -8,7 +8,8 @@ step or those after it:
 - User code runs before anything is given away. A loss function is traced and compiled first (:meth:`Program.compile`);
   planning the step again then finds out what it has looked at meanwhile (:meth:`Handover.launch`).
 - Results enter a list by C code, during which Python handles no signal, and stay there until they are written back.
-  Writing back can be repeated, so an interrupt there loses nothing: whoever looks next completes it.
+  Parameters are written first, which can be repeated, so an interrupt there loses nothing: whoever looks next begins it
+  again. What the optimizer keeps, and that nothing is left to be written, is then set by one call of C code.
 - A program that calls back into Python may raise while it runs. It updates nothing in place, and the step waits for it.
 - Whoever looks at the state and whoever steps take turns, by a lock.
 """
@@ -16,13 +17,15 @@ step or those after it:
 import itertools
 import signal
 import threading
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from operator import length_hint
 from typing import Any, NamedTuple
 
 import jax
 
-__all__ = ["Call", "Handover", "Launch", "Program", "is_top_level", "kind", "kinds", "trace_state"]
+__all__ = ["Call", "Commit", "Handover", "Launch", "Program", "is_top_level", "kind", "kinds", "trace_state"]
 
 try:
     from jax.extend.core import get_opaque_trace_state as trace_state
@@ -86,11 +89,18 @@ class Program:
         self._compiled: dict[tuple[int, ...], Any] = {}
         self._executables: dict[Any, Executable] = {}
         self._last: tuple[Any, Executable] | None = None
+        self._warm: Counter[tuple[int, ...]] = Counter()  # executables that have run, by what they update in place
 
     def donating(self, positions: tuple[int, ...]) -> Any:
         """The compiled function that takes the memory of the arguments at these positions for its results."""
         if positions not in self._compiled:
-            self._compiled[positions] = jax.jit(self._function, static_argnums=self._static, donate_argnums=positions)
+            function = self._function
+
+            def program(*args: Any) -> Any:
+                return function(*args)
+
+            program.__name__ = function.__name__
+            self._compiled[positions] = jax.jit(program, static_argnums=self._static, donate_argnums=positions)
         return self._compiled[positions]
 
     def executable(self, donated: tuple[int, ...], key: tuple[Any, ...]) -> Executable | None:
@@ -104,12 +114,38 @@ class Program:
 
     def compile(self, donated: tuple[int, ...], key: tuple[Any, ...], args: tuple[Any, ...]) -> None:
         """Trace and compile, and run nothing."""
-        traced = self.donating(donated).trace(*args)
-        calls_back = _calls_back(traced.jaxpr.jaxpr, set())
-        if calls_back:
-            traced = self.donating(()).trace(*args)
-        traced.lower().compile()
+        try:
+            traced = self.donating(donated).trace(*args)
+            calls_back = _calls_back(traced.jaxpr.jaxpr, set())
+            if calls_back:
+                traced = self.donating(()).trace(*args)
+            traced.lower().compile()
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                # JAX may go on to believe that what an interrupt has ended is under way, and refuse it for good.
+                self._forget()
+            raise
         self._executables[donated, *key] = Executable(calls_back)
+
+    def _forget(self) -> None:
+        self._last = None
+        self._executables.clear()
+        self._warm.clear()
+        self._compiled.clear()
+
+    def are_warm(self, donated: tuple[int, ...], executables: list[Executable]) -> bool:
+        """Whether JAX runs these without Python code of its own around them."""
+        if self.donating(donated)._cache_size() < self._warm[donated]:  # jax.clear_caches() has been called
+            for executable in self._executables.values():
+                executable.warm = False
+            self._warm.clear()
+        return all(executable.warm for executable in executables)
+
+    def warmed(self, donated: tuple[int, ...], executables: list[Executable]) -> None:
+        """Note that these have run."""
+        for executable in executables:
+            self._warm[donated] += not executable.warm
+            executable.warm = True
 
 
 def _calls_back(jaxpr: Any, seen: set[int]) -> bool:
@@ -126,6 +162,9 @@ def _calls_back(jaxpr: Any, seen: set[int]) -> bool:
                 if hasattr(inner, "eqns") and _calls_back(inner, seen):
                     return True
     return False
+
+
+Commit = Callable[[list[Any]], list[tuple[Any, str, Any]]]
 
 
 class Call(NamedTuple):
@@ -147,14 +186,15 @@ class Launch(NamedTuple):
       program: the program.
       donated: positions of the arguments that it may update in place.
       calls: the calls.
-      commit: takes the list of results. An error may have made it shorter than the calls; and an interrupt may lead to
-        a second call with the same results, which must make no difference.
+      commit: takes the list of results, which an error may have made shorter than the calls; writes the parameters, and
+        returns what remains to be set: ``(object, attribute, value)``. An interrupt may lead to a second call with the
+        same results, which must make no difference.
     """
 
     program: Program
     donated: tuple[int, ...]
     calls: list[Call]
-    commit: Callable[[list[Any]], None]
+    commit: Commit
 
 
 class Handover:
@@ -164,15 +204,18 @@ class Handover:
       lock: to be held from the first look at what belongs together to the last.
       traced: whether the optimizer was made while JAX traced a function. Its arrays may then be tracers, and what is
         given to a program may be needed again, on the way back of a derivative.
+      taken: how often somebody has taken slots that a step might have been planned with.
     """
 
     def __init__(self, traced: bool):
         self.lock = threading.RLock()
         self.traced = traced
         self._turn = threading.RLock()  # of whoever steps; those who look need not wait for a loss that calls back
+        self.taken = 0
         self._results: list[Any] = []
-        self._commit: Callable[[list[Any]], None] | None = None
-        self._missing = 0  # results that a running program has not returned yet
+        self._commit: Commit | None = None  # of the results
+        self._pending: Iterator[Any] | None = None  # arguments of programs that are just being run
+        self._count = 0  # of these programs
 
     def look(self) -> None:
         """Complete what may be looked at; the lock must be held.
@@ -180,23 +223,32 @@ class Handover:
         Raises:
           RuntimeError: in the middle of a step. Only code that this very step runs can be there.
         """
-        if self._missing > len(self._results):
-            raise RuntimeError(
-                "the optimizer is in the middle of a step, which is just updating what it keeps: look at it before or "
-                "after the step, not from a function that the step calls"
-            )
+        if self._pending is not None:
+            if length_hint(self._pending) == self._count:
+                for (
+                    _
+                ) in self._pending:  # the handler of a signal has come first: nothing runs, and the step plans again
+                    pass
+            elif len(self._results) < self._count:
+                raise RuntimeError(
+                    "the optimizer is in the middle of a step, which is just updating what it keeps: look at it before "
+                    "or after the step, not from a function that the step calls"
+                )
+            self._pending = None
         self._settle()
 
     def _settle(self) -> None:
         """Write results back; once more, where an interrupt has ended the first attempt."""
-        while self._results:
+        while results := self._results:
             assert self._commit is not None
             try:
-                self._commit(self._results)
+                remaining = self._commit(results)
             except Exception:  # what raises here, such as a hook of a variable, would raise each time
                 self._results = []
                 raise
-            self._results, self._commit = [], None  # which holds the arguments
+            assignments = itertools.starmap(setattr, [*remaining, (self, "_results", []), (self, "_commit", None)])
+            # The handler of a signal may have looked, and so done all of this, until right before the call of C code.
+            self._results is results and deque(assignments, 0)  # pyright: ignore[reportUnusedExpression]
 
     def launch(self, plan: Callable[[], Launch]) -> list[Any]:
         """Run what ``plan`` makes of the present values, and write the results back.
@@ -208,40 +260,57 @@ class Handover:
             while True:
                 with self.lock:
                     self.look()
-                    launch = plan()
-                    if self.traced or jax.config.jax_disable_jit or _checks_numbers():
+                    taken = self.taken
+                    try:
+                        launch = plan()
+                    except Exception:
+                        if taken == self.taken:
+                            raise
+                        continue  # the handler of a signal has taken what was planned with
+                    if self.traced or _debugging():
                         executables = None
                     else:
                         executables = [launch.program.executable(launch.donated, call.key) for call in launch.calls]
                         if launch.donated and all(one is not None and not one.calls_back for one in executables):
-                            return self._in_place(launch, executables)
+                            results = self._in_place(launch, executables, taken)
+                            if results is None:
+                                continue
+                            return results
                 if executables is None or None not in executables:
                     return self._apart(launch, executables)
                 for call, executable in zip(launch.calls, executables, strict=True):
                     if executable is None:
                         launch.program.compile(launch.donated, *call)
 
-    def _in_place(self, launch: Launch, executables: list[Any]) -> list[Any]:
-        """Run programs that take the memory of what they are given; the lock is held."""
+    def _in_place(self, launch: Launch, executables: list[Any], taken: int) -> list[Any] | None:
+        """Run programs that take the memory of what they are given; the lock is held.
+
+        Returns:
+          Their results; or ``None``, and nothing has run, where the handler of a signal has looked at what was planned
+          with. ``taken`` is how often that had been done before.
+        """
         results, program = self._results, launch.program.donating(launch.donated)
         arguments = [call.args for call in launch.calls]
-        self._commit, self._missing = launch.commit, len(arguments)
         try:
+            self._commit, self._count = launch.commit, len(arguments)
+            self._pending = pending = iter(arguments)
+            if taken != self.taken:
+                self._pending = None
+                return None
             # Both are C, and so is the call of a warm program: no signal is seen until the last result is in the list.
-            if all(executable.warm for executable in executables):
-                results.extend(itertools.starmap(program, arguments))
+            if launch.program.are_warm(launch.donated, executables):
+                results.extend(itertools.starmap(program, pending))
             else:
                 with _signals_held():
-                    results.extend(itertools.starmap(program, arguments))
-                for executable in executables:
-                    executable.warm = True
-            self._missing = 0
+                    results.extend(itertools.starmap(program, pending))
+                launch.program.warmed(launch.donated, executables)
+            self._pending = None
             self._settle()
         except BaseException:
-            self._missing = 0
+            self._pending = None
             self._settle()
             raise
-        return results
+        return results if len(results) == len(arguments) else None
 
     def _apart(self, launch: Launch, executables: list[Any] | None) -> list[Any]:
         """Run programs that leave alone what they are given, and let others look meanwhile.
@@ -253,8 +322,8 @@ class Handover:
             jax.block_until_ready(results)
         with self.lock:
             self.look()
-            self._commit, self._results = launch.commit, results
             try:
+                self._commit, self._results = launch.commit, results
                 self._settle()
             except BaseException:
                 self._settle()
@@ -262,9 +331,10 @@ class Handover:
         return results
 
 
-def _checks_numbers() -> bool:
-    """Whether JAX raises for a result that is not finite, and then needs the arguments again."""
-    return jax.config.jax_debug_nans or jax.config.jax_debug_infs
+def _debugging() -> bool:
+    """Whether JAX runs a program's Python code, or raises for a result that is not finite and needs the arguments."""
+    config: Any = jax.config
+    return config.jax_disable_jit or config.jax_debug_nans or config.jax_debug_infs
 
 
 @contextmanager

@@ -296,7 +296,9 @@ class Optimizer:
         For a module it is the module; for boxes the list of their values, or a dict by name; for a list of groups, a
         list with one entry a group.
         """
-        return self._view(lambda source: source.view())
+        with self._handover.lock:
+            self._handover.look()
+            return self._view(lambda source: source.view())
 
     def _arranged(self, values: Mapping[Parameter, Any]) -> Any:
         return self._view(lambda source: source.arranged(values))
@@ -318,8 +320,10 @@ class Optimizer:
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, or set those that exist to zero."""
         self._check_trace()
-        for box in self._parameters():
-            box.grad = None if set_to_none or box.grad is None else zeros_like(box.grad)
+        with self._handover.lock:
+            self._handover.look()
+            for box in self._parameters():
+                box.grad = None if set_to_none or box.grad is None else zeros_like(box.grad)
 
     def backward(self, loss_fn: Callable[..., Any], *args: Any, has_aux: bool = False) -> Any:
         """Differentiate ``loss_fn(optimizer.params, *args)`` and add the gradients into ``Parameter.grad``.
@@ -352,11 +356,12 @@ class Optimizer:
             call = self._captured(loss_function, args)
             accumulated = [box.grad for box in call.boxes]
 
-            def commit(results: list[Any]) -> None:
+            def commit(results: list[Any]) -> list[Any]:
                 ((_, _, changed, written, grads),) = results
                 call.write_back(changed, written)
                 for box, grad in zip(call.boxes, grads, strict=True):
                     box.grad = grad
+                return []
 
             arguments = call.cut, has_aux, call.differentiated, call.traced, accumulated
             return Launch(program, (), [Call((call.cut, has_aux), arguments)], commit)
@@ -519,9 +524,9 @@ class Optimizer:
             params = distinct(call.differentiated, call.traced) if self.donate else call.differentiated
             take = plan.commit(self.state)
 
-            def commit(results: list[Any]) -> None:
-                take(results)
+            def commit(results: list[Any]) -> list[tuple[Any, str, Any]]:
                 call.write_back(results[0][3])
+                return take(results)
 
             key = call.cut, bucket.updates, *kinds(call.traced)
             arguments = call.cut, bucket.updates, bucket.store.slots, params, call.traced, row
@@ -907,9 +912,10 @@ def _meant(name: Any, options: Iterable[str]) -> str | None:
     """The option that a key resembles; one that says more, such as ``lr_scale``, is another word."""
     if name in ("params", "param_names", "name") or not isinstance(name, str):
         return None
-    if _OTHER_NAMES.get(name) in options:
-        return _OTHER_NAMES[name]
-    near = difflib.get_close_matches(name, [*options, "params"], n=1, cutoff=0.75)
+    known = {*options, "params"}
+    if (other := _OTHER_NAMES.get(name)) in known:
+        return other
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     return None if not near or name.startswith(f"{near[0]}_") or name.endswith(f"_{near[0]}") else near[0]
 
 

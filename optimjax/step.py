@@ -14,7 +14,7 @@ No arrow leads back, so that arrays are freed as soon as the optimizer is.
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from optimjax.handover import Call, Handover, Program, kind
+from optimjax.handover import Call, Commit, Handover, Program, kind
 from optimjax.interned import interned
 from optimjax.parameter import Parameter
 from optimjax.placement import pin, pinned
@@ -80,11 +80,14 @@ class ParameterState(MutableMapping[str, Any]):
             self._handover.look()
             if self.claim is not None:
                 self.claim.whole, self.claim = False, None
+                self._handover.taken += 1
             if (place := self.place) is not None:
+                self._handover.taken += 1
                 self._values = self._values | place.entries()
                 self.place = None
-                place.leave()
-        return self._values
+                for target, name, value in place.left():
+                    setattr(target, name, value)
+            return self._values
 
     @property
     def nbytes(self) -> int:
@@ -97,13 +100,18 @@ class ParameterState(MutableMapping[str, Any]):
         """Note that a step is going to start from what is here now."""
         self._handover, self.claim = store.handover, store
 
-    def move(self, place: Any, handover: Handover) -> None:
-        """Record that the slots are at this place now. A second time it makes no difference."""
-        before, self.place, self._handover = self.place, place, handover
-        if before is not None and before != place:
-            before.leave()
+    def moved(self, place: Any, handover: Handover, claim: "Store | None" = None) -> list[tuple[Any, str, Any]]:
+        """What has to be set for the slots to be at this place: attributes of objects, and their values."""
         kept = place.names()  # what was seen once must not be held for good
-        self._values = {name: value for name, value in self._values.items() if name not in kept}
+        values = {name: value for name, value in self._values.items() if name not in kept}
+        before = self.place
+        return [
+            *(before.left() if before is not None and before != place else ()),
+            (self, "_values", values),
+            (self, "_handover", handover),
+            (self, "claim", claim),
+            (self, "place", place),
+        ]
 
     def __getitem__(self, name: str) -> Any:
         return self.peek()[name]
@@ -247,12 +255,14 @@ class Place(NamedTuple):
 
     def names(self) -> Iterable[str]:
         """The names of the entries."""
-        return self.entries().keys()
+        structure = self.store.structures[self.position]
+        return entries(self.store.rule, structure.unflatten(range(structure.num_leaves)), self.step).keys()
 
-    def leave(self) -> None:
-        """The slots are elsewhere now, or somebody has seen them: they must not be updated in place here."""
-        self.store.whole = False
-        self.store.slots[self.position] = None
+    def left(self) -> list[tuple[Any, str, Any]]:
+        """What has to be set once the slots are elsewhere, so that they are not updated in place here."""
+        slots = list(self.store.slots)  # another list, because a program may just be given this one
+        slots[self.position] = None
+        return [(self.store, "whole", False), (self.store, "slots", slots)]
 
 
 class Bucket:
@@ -318,26 +328,29 @@ class Bucket:
             return rows
         return np.array(rows)
 
-    def take(self, slots: list[Any], params: list[Array], steps: int) -> None:
-        """Keep the results of the program; ``steps`` are done then."""
-        self.store.slots, self.store.steps, self.values = slots, steps, params
+    def commit(
+        self, slots: list[Any], params: list[Array], steps: int, state: MutableMapping[Parameter, ParameterState]
+    ) -> list[tuple[Any, str, Any]]:
+        """Write the results of the program into the parameters; ``steps`` are done then.
 
-    def write_back(self, state: MutableMapping[Parameter, ParameterState]) -> None:
-        """Show the results to the user: in the parameters, and in the optimizer's state."""
-        for box, param in zip(self.boxes, self.values, strict=True):
+        Returns:
+          What remains to be set, see :class:`optimjax.handover.Launch`.
+        """
+        for box, param in zip(self.boxes, params, strict=True):
             box._write(param)
+        remaining = [(self.store, "slots", slots), (self.store, "steps", steps), (self, "values", params)]
         if self._committed and self.store.whole:
-            return
+            return remaining
         # The first time; or somebody has looked at the slots before the program, which left them alone, has returned.
-        self.store.whole = True
-        for index, (box, entry, place) in enumerate(zip(self.boxes, self._entries, self._places, strict=True)):
-            if place.entries():
-                entry.move(place, self.store.handover)
-                entry.claimed(self.store)
-                self._known[index] = state[box] = entry
+        known: list[Any] = []
+        for box, entry, place, leaves in zip(self.boxes, self._entries, self._places, slots, strict=True):
+            if leaves or self.store.rule.counts_steps:
+                remaining += entry.moved(place, self.store.handover, self.store)
+                state[box] = entry
+                known.append(entry)
             else:  # Where there is nothing to keep, as for SGD without momentum, PyTorch has no state.
-                self._known[index] = None
-        self._committed = True
+                known.append(None)
+        return [*remaining, (self, "_known", known), (self, "_committed", True), (self.store, "whole", True)]
 
     def drop(self) -> None:
         """Release the values; of further use are only the slots."""
@@ -372,16 +385,15 @@ class Plan:
             for b, part, row in zip(self.buckets, values, rows, strict=True)
         ]
 
-    def commit(self, state: MutableMapping[Parameter, ParameterState]) -> Callable[[Sequence[Any]], None]:
-        """What takes the results of the next step over."""
+    def commit(self, state: MutableMapping[Parameter, ParameterState]) -> Commit:
+        """What takes the results of the next step over, see :class:`optimjax.handover.Launch`."""
         steps = [bucket.store.steps + 1 for bucket in self.buckets]
 
-        def commit(results: Sequence[Any]) -> None:
-            done = list(zip(self.buckets, steps, results, strict=False))
-            for bucket, count, (slots, params, *_) in done:  # all slots first: there is no other copy of them
-                bucket.take(slots, params, count)
-            for bucket, _, _ in done:
-                bucket.write_back(state)
+        def commit(results: list[Any]) -> list[tuple[Any, str, Any]]:
+            remaining = []
+            for bucket, count, (slots, params, *_) in zip(self.buckets, steps, results, strict=False):
+                remaining += bucket.commit(slots, params, count, state)
+            return remaining
 
         return commit
 

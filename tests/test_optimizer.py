@@ -1449,7 +1449,7 @@ class Batched(optim.Optimizer):
             [Norms(slot.norm + jnp.sum(g)) for slot, g in zip(slots, grads, strict=True)],
         ),
         check_param=_only_matrices,
-        batched=True,
+        takes="alike",
     )
 
     def __init__(self, params: Any, lr: LearningRate = 1e-3):

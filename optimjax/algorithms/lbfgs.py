@@ -410,8 +410,9 @@ class Kept:
             }
         return entries
 
-    def leave(self) -> None:
-        """The entries are the state now."""
+    def left(self) -> list[Any]:
+        """Nothing has to be set once the entries are the state."""
+        return []
 
 
 def from_entries(entries: Mapping[str, Any], layout: Layout, history_size: int) -> LBFGSState:
@@ -575,14 +576,13 @@ class LBFGS(Optimizer):
             problem = interned(Problem, call.cut, layout, size, group["line_search_fn"])
             params = distinct(call.differentiated, call.traced) if self.donate else call.differentiated
 
-            def commit(results: list[Any]) -> None:
+            def commit(results: list[Any]) -> list[tuple[Any, str, Any]]:
                 ((state, params, _, changed),) = results
-                entry = ParameterState.of(self.state.get(first, {}))
-                entry.move(Kept(LBFGSState(*state)), self._handover)
-                self.state[first] = entry
                 call.write_back(changed)
                 for box, param in zip(call.boxes, params, strict=True):
                     box._write(_placed_like(box.value, param))
+                entry = self.state[first] = ParameterState.of(self.state.get(first, {}))
+                return entry.moved(Kept(LBFGSState(*state)), self._handover)
 
             scalars = Scalars(*[getattr(hyper, name) for name in Scalars._fields])
             arguments = problem, list(self._present(layout, size)), params, call.traced, scalars
