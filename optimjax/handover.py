@@ -259,7 +259,8 @@ class Handover:
         with self._turn:
             while True:
                 with self.lock:
-                    self.look()
+                    if self._results or self._pending is not None:
+                        self.look()
                     taken = self.taken
                     try:
                         launch = plan()

@@ -14,7 +14,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import jax
@@ -144,7 +144,8 @@ class LossCall:
                 traced.append(origin)
             else:
                 traced.extend(jax.tree.leaves(origin.get_value()))
-        call = replace(self, differentiated=[box.value for box in self.boxes], traced=traced)
+        values = [box.value for box in self.boxes]
+        call = LossCall(self.cut, self.boxes, self.variables, self.origins, values, traced)
         if jax.device_count() > 1:
             pins = tuple(pin(traced[index]) for role, index in self.cut.state_roles if role == "traced")
             if pins != self.cut.pins:
@@ -236,34 +237,41 @@ class LossFunctions:
         Raises:
           TypeError: it has no hash.
         """
-        try:
-            found = _known.get(function)
-        except TypeError:  # no weak references, or no hash
+        found = self.find(function)
+        if found is None:
             try:
-                found = self._held.get(function)
+                hash(function)
             except TypeError as error:
                 raise TypeError(
                     "what is compiled for a loss function is remembered by its hash, and this "
                     f"{type(function).__name__} has none ({error}): give a plain function, and what it reads among args"
                 ) from None
-        if found is None:
             found = LossFunction(function)
             if isinstance(found.function, weakref.ref):
                 _known[function] = found
+            self._hold(function, found)
             self._warn_of_copies(function)
+        return found
+
+    def find(self, function: Any) -> LossFunction | None:
+        """The same, if some optimizer has been given it before."""
+        try:
+            found = _known.get(function)
+        except TypeError:  # no weak references, or no hash
+            try:
+                return self._held.get(function)
+            except TypeError:
+                return None
+        if found is not None:
+            self._hold(function, found)
+        return found
+
+    def _hold(self, function: Any, found: LossFunction) -> None:
         by_value = type(function).__eq__ is not object.__eq__ or not isinstance(found.function, weakref.ref)
         if by_value and function not in self._held:
             self._held[found.function()] = found
             if len(self._held) > HELD:
                 del self._held[next(iter(self._held))]
-        return found
-
-    def knows(self, function: Any) -> bool:
-        """Whether it has been taken for a loss function before."""
-        try:
-            return function in _known or function in self._held
-        except TypeError:
-            return False
 
     def _warn_of_copies(self, function: Any) -> None:
         while isinstance(function, functools.partial):

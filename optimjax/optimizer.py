@@ -11,6 +11,7 @@ import functools
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import is_
 from typing import Any, ClassVar, Self
 
 import jax
@@ -126,6 +127,7 @@ class Optimizer:
         self._in_step = False
         self._plan: Plan | None = None
         self._patterns: list[tuple[Any, list[list[int]]]] = []
+        self._known_groups: dict[int, tuple[list[Any], Any]] = {}
         self._cut = Capture()
         self._losses = LossFunctions()
         self._trace = trace_state()
@@ -349,6 +351,7 @@ class Optimizer:
         >>> print(loss, optimizer.param_groups[0]["params"][0].grad)
         36.0 36.0
         """
+        self._check_trace()
         loss_function = self._loss_function(loss_fn)
         program = loss_function.program(value_and_grad, static=2)
 
@@ -383,7 +386,6 @@ class Optimizer:
             )
 
     def _loss_function(self, loss_fn: Any) -> LossFunction:
-        self._check_trace()
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}: {loss_fn!r}")
         return self._losses(loss_fn)
@@ -460,10 +462,11 @@ class Optimizer:
                 raise TypeError(f"step(None) takes no further arguments, got {len(args)}: is the loss function None?")
             self._update(self._gradients)
         elif callable(form) and not self._are_gradients(form):
-            if not args and not self._losses.knows(form) and takes_no_arguments(form):
+            known = self._losses.find(form)
+            if known is None and not args and takes_no_arguments(form):
                 loss = self._update_from_closure(form)
             else:
-                loss = self._update_from_loss(self._loss_function(form), args)
+                loss = self._update_from_loss(known or self._loss_function(form), args)
         elif args:
             raise TypeError(f"step(grads) takes no further arguments, got {len(args)}")
         else:
@@ -555,7 +558,7 @@ class Optimizer:
           grads: by parameter, whatever is not ``None``.
           together: one bucket, in the order of ``grads``.
         """
-        resolved = [self._resolve(group, f" of param_groups[{i}]") for i, group in enumerate(self.param_groups)]
+        resolved = [self._resolved(index) for index in range(len(self.param_groups))]
         hypers, flags = [hyper for hyper, _ in resolved], [flag for _, flag in resolved]
         sizes = [len(group["params"]) for group in self.param_groups]
         leaves, structure = jax.tree.flatten(list(grads.values()))  # a sparse gradient has two
@@ -634,6 +637,17 @@ class Optimizer:
         # Where PyTorch keeps no count, the presence of the slots says whether this is the first update.
         step = as_count(values.get("step", 0), f"{of_parameter}: 'step'") if rule.counts_steps else int(complete)
         return slots._replace(**seen), step
+
+    def _resolved(self, index: int) -> tuple[Any, Any]:
+        """A group's hyperparameters and flags; the same again until somebody edits the group."""
+        group = self.param_groups[index]
+        given = list(map(group.get, self.hyperparameters.kinds))
+        known = self._known_groups.get(index)
+        if known is None or not all(map(is_, given, known[0])):
+            known = given, self._resolve(group, f" of param_groups[{index}]")
+            if all(map(_is_constant, given)):
+                self._known_groups[index] = known
+        return known[1]
 
     def _resolve(self, group: Mapping[str, Any], where: str) -> tuple[Any, Any]:
         """The group's hyperparameters as Python numbers, and its flags."""
@@ -844,7 +858,7 @@ class Optimizer:
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no hooks, as in PyTorch, and is in no step. What was remembered of steps names devices, which do
         # not pickle.
-        left = ("_handover", "_hooks", "_in_step", "_losses", "_plan", "_patterns", "_trace")
+        left = ("_handover", "_hooks", "_in_step", "_known_groups", "_losses", "_plan", "_patterns", "_trace")
         return {name: value for name, value in vars(self).items() if name not in left}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -917,6 +931,13 @@ def _meant(name: Any, options: Iterable[str]) -> str | None:
         return other
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     return None if not near or name.startswith(f"{near[0]}_") or name.endswith(f"_{near[0]}") else near[0]
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether a value of a group can only be replaced, not edited in place."""
+    if isinstance(value, tuple):
+        return all(map(_is_constant, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _is_list_of_groups(params: Any) -> bool:

@@ -555,13 +555,14 @@ class LBFGS(Optimizer):
                 "LBFGS evaluates the loss itself: it takes step(loss_fn, *args), neither step() nor step(grads); got "
                 f"{type(loss_fn).__name__}: {loss_fn!r}"
             )
-        if not args and not self._losses.knows(loss_fn) and takes_no_arguments(loss_fn):
+        if not args and self._losses.find(loss_fn) is None and takes_no_arguments(loss_fn):
             name = getattr(loss_fn, "__name__", "closure")
             raise TypeError(
                 f"LBFGS evaluates the loss many times inside one compiled program, so {name}() must not call backward "
                 f"itself: write a function of the model that returns the loss, def {name}(model, x, y), and call "
                 f"optimizer.step({name}, x, y)"
             )
+        self._check_trace()
         loss_function = self._loss_function(loss_fn)
         program = loss_function.program(run, static=1)
         first = self._parameters()[0]
@@ -569,7 +570,7 @@ class LBFGS(Optimizer):
         def plan() -> Launch:
             (group,) = self.param_groups
             self.hyperparameters.check_structural(group)
-            hyper, _ = self._resolve(group, " of param_groups[0]")
+            hyper, _ = self._resolved(0)
             call = self._captured(loss_function, args)
             layout = self._layout_of(call.boxes)
             size = group["history_size"]
