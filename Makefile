@@ -5,8 +5,11 @@ PYTHON ?= python3
 NEWEST ?= $(shell for python in python3.13 $(HOME)/.pyenv/versions/3.13*/bin/python; do \
 	$$python -c '' 2>/dev/null && echo $$python && break; done)
 
+# How many tests run at once: make test WORKERS=8.
+WORKERS ?= 2
+
 BIN := .venv/bin
-PYTEST := -m pytest -q -n 2
+PYTEST := -m pytest -q -n $(WORKERS)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check newest lint format docs bench clean
@@ -17,7 +20,13 @@ help: ## list the commands
 demo: .venv/demo ## train on the handwritten digits and compare optimizers
 	$(BIN)/python -m optimjax demo
 
-test: lint check newest ## everything that CI checks
+test: ## everything that CI checks
+	@echo "1/3 formatting, lint and types"
+	@$(MAKE) --no-print-directory lint
+	@echo "2/3 tests and doctests"
+	@$(MAKE) --no-print-directory check
+	@echo "3/3 the tests that need no PyTorch, on the newest JAX"
+	@$(MAKE) --no-print-directory newest
 
 check: .venv/test
 	$(BIN)/python $(PYTEST)
@@ -47,7 +56,7 @@ clean: ## remove the virtual environments and caches
 	rm -rf .venv .venv-newest docs/_build docs/algorithms.rst .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamps say which extras are installed; they are made anew when pyproject.toml changes.
+# The stamps say which extras are installed; they are made again when pyproject.toml changes.
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "optimjax needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 1; }

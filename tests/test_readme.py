@@ -1,6 +1,8 @@
 """The README's code runs, its commands exist, and its table names everything that is exported."""
 
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -37,6 +39,15 @@ def test_commands_exist():
         assert commands
         for command in commands:
             assert re.search(rf"^{command}:", makefile, re.MULTILINE), command
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_test_says_where_it_is():
+    shown = subprocess.run(
+        ["make", "-n", "test", "WORKERS=7"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    parts = [shown.index(text) for text in ("1/3 ", "ruff check", "2/3 ", "pytest -q -n 7", "3/3 ")]
+    assert parts == sorted(parts), shown
 
 
 def links():
