@@ -148,8 +148,9 @@ def test_no_gradients_at_all() -> None:
         lambda made: filter(lambda box: box.requires_grad, made),
         lambda made: optim.SGD(made, lr=0.1),
         lambda made: optim.SGD([{"params": made[:1]}, {"params": made[1:]}], lr=0.1),
+        lambda made: optim.parameters(optim.SGD(made, lr=0.1)),
     ],
-    ids=["list", "tuple", "iterator", "generator", "filter", "optimizer", "groups"],
+    ids=["list", "tuple", "iterator", "generator", "filter", "optimizer", "groups", "parameters of an optimizer"],
 )
 def test_parameters_may_come_in_every_form(hand_in: Any) -> None:
     made = [*boxes([np.array([3.0], np.float32), np.array([4.0], np.float32)]), optim.Parameter(jnp.ones(2))]

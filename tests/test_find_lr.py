@@ -62,7 +62,7 @@ class Own(optim.Optimizer):
 
 
 def tree() -> Any:
-    return {"w": jnp.ones((1, 1)), "b": jnp.zeros(1)}
+    return {"w": jnp.ones((1, 1)), "b": jnp.zeros((1, 1))}
 
 
 def in_place(optimizer: Any) -> Any:

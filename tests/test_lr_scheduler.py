@@ -825,6 +825,18 @@ def test_callable_objects_are_saved_with_their_attributes(torch: Any) -> None:
     assert ours[:3] == (([{"factor": 0.9}, None, {}], {"factor": 0.8}), 0.9, 0.8)
 
 
+def test_a_schedule_is_a_function_of_which_nothing_is_saved() -> None:
+    optimizer = build()
+    schedule = optim.schedules.warmup(optim.schedules.cosine_annealing(1.0, T_max=9), 3)
+    scheduler = optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    assert scheduler.state_dict()["lr_lambdas"] == [None] * 3
+    follow(optimizer, scheduler, 3)
+    other = build()
+    resumed = optim.lr_scheduler.LambdaLR(other, optim.schedules.warmup(optim.schedules.cosine_annealing(1.0, 9), 3))
+    resumed.load_state_dict(json.loads(json.dumps(scheduler.state_dict())))
+    assert follow(other, resumed, 9) == follow(optimizer, scheduler, 9)
+
+
 def test_a_jitted_function_is_not_saved() -> None:
     optimizer = build()
     scheduler = optim.lr_scheduler.LambdaLR(optimizer, jax.jit(lambda epoch: 0.5**epoch))
