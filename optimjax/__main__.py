@@ -40,7 +40,8 @@ def _demo(options: argparse.Namespace) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        print(f'The demo needs {package}, which is not installed: pip install "optimjax[demo]"', file=sys.stderr)
+        install = 'pip install "optimjax[demo]", or pip install ".[demo]" in a clone'
+        print(f"The demo needs {package}, which is not installed: {install}", file=sys.stderr)
         return 1
     demo.run(options.epochs, options.seed, options.out)
     return 0

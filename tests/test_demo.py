@@ -136,7 +136,8 @@ def test_missing_extra(package, tmp_path):
     )
     result = python("-c", script, cwd=tmp_path)
     assert result.returncode == 1
-    expected = f'The demo needs {package}, which is not installed: pip install "optimjax[demo]"\n'
+    install = 'pip install "optimjax[demo]", or pip install ".[demo]" in a clone'
+    expected = f"The demo needs {package}, which is not installed: {install}\n"
     assert (result.stdout, result.stderr) == ("", expected)
     assert list(tmp_path.iterdir()) == []
 
