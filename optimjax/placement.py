@@ -6,7 +6,7 @@ import jax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
-__all__ = ["pin", "pinned", "place", "sharding_of"]
+__all__ = ["canonical", "pin", "pinned", "place", "sharding_of"]
 
 
 def sharding_of(x: Any) -> Sharding | None:
@@ -48,9 +48,19 @@ def _along(shape: tuple[int, ...], param: Any) -> Sharding | None:
     return NamedSharding(sharding.mesh, PartitionSpec(*spec), memory_kind=sharding.memory_kind)
 
 
+def canonical(sharding: Any) -> Any:
+    """The same sharding in the one form that compares equal: compiled programs leave trailing axes out of the spec."""
+    if not isinstance(sharding, NamedSharding) or not sharding.spec or sharding.spec[-1] is not None:
+        return sharding
+    names = list(sharding.spec)
+    while names and names[-1] is None:
+        names.pop()
+    return NamedSharding(sharding.mesh, PartitionSpec(*names), memory_kind=sharding.memory_kind)
+
+
 def pin(array: Any) -> NamedSharding | None:
     """Where an array must stay, if the compiler would decide otherwise: it lies on a mesh with automatic axes."""
-    sharding = sharding_of(array)
+    sharding = canonical(sharding_of(array))
     if isinstance(sharding, NamedSharding) and all(kind == AxisType.Auto for kind in sharding.mesh.axis_types):
         return sharding
     return None

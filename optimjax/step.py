@@ -26,7 +26,7 @@ from jax.core import Tracer
 from optimjax.handover import Call, Commit, Handover, Program, kind
 from optimjax.interned import interned
 from optimjax.parameter import Parameter
-from optimjax.placement import pin, pinned
+from optimjax.placement import canonical, pin, pinned
 from optimjax.rule import Hyperparameters, Numeric, Rule, apply_each
 from optimjax.tree import copied_array
 
@@ -154,7 +154,7 @@ class Member(NamedTuple):
     @property
     def signature(self) -> tuple[Any, ...]:
         """Members that agree in it compile alike."""
-        return self.value.shape, self.value.dtype, getattr(self.value, "sharding", None), self.flags
+        return self.value.shape, self.value.dtype, canonical(getattr(self.value, "sharding", None)), self.flags
 
 
 class Updates:

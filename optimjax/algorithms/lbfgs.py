@@ -58,6 +58,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 from optimjax.handover import Call, Launch, kinds
 from optimjax.interned import interned
@@ -66,6 +67,7 @@ from optimjax.line_search import Point, strong_wolfe
 from optimjax.loss import Cut, takes_no_arguments, value_and_grad
 from optimjax.optimizer import Optimizer
 from optimjax.parameter import Parameter
+from optimjax.placement import pin, pinned
 from optimjax.rule import LearningRate, Number, Numeric, Structural
 from optimjax.state_dict import as_count, slot_array
 from optimjax.step import ParameterState, distinct
@@ -348,8 +350,8 @@ def algorithm(hyperparameters: Any, values: Mapping[str, Any]) -> Algorithm:
 class Problem:
     """What is compiled into the program of a step. Equal ones are one object."""
 
-    def __init__(self, cut: Cut, layout: Layout, history_size: int, line_search_fn: str | None):
-        self.cut, self.layout, self.line_search_fn = cut, layout, line_search_fn
+    def __init__(self, cut: Cut, layout: Layout, history_size: int, line_search_fn: str | None, pins: tuple[Any, ...]):
+        self.cut, self.layout, self.line_search_fn, self.pins = cut, layout, line_search_fn, pins
 
 
 def run(
@@ -375,7 +377,7 @@ def run(
         lambda x, changed: evaluate(layout.unflatten(x), changed),
         layout.rounded, problem.line_search_fn, LBFGSState(*state), x, loss, grad, changed, scalars,
     )  # fmt: skip
-    return list(new), layout.unflatten(x), loss, changed
+    return pinned(list(new), list(problem.pins)), layout.unflatten(x), loss, changed
 
 
 STATE, PARAMS = 1, 2  # positions of its arguments, without the loss function, that may be updated in place
@@ -430,6 +432,21 @@ def from_entries(entries: Mapping[str, Any], layout: Layout, history_size: int) 
         missing = [getattr(state, name)[0]] * (history_size - stored)
         arrays[name] = jnp.stack([*(jnp.asarray(row, layout.dtype) for row in rows), *missing])
     return state._replace(**arrays, stored=jnp.int32(stored))
+
+
+def spread(state: LBFGSState, param: Array) -> LBFGSState:
+    """The state over the mesh that parameters are on, if its axes are automatic; vectors in parts where that divides."""
+    sharding = pin(param)
+    if sharding is None:
+        return state
+    mesh = sharding.mesh
+
+    def placed(array: Array) -> Array:
+        parts = array.ndim and array.shape[-1] % mesh.size == 0
+        spec = PartitionSpec(*[None] * (array.ndim - 1), mesh.axis_names) if parts else PartitionSpec()
+        return jax.device_put(array, NamedSharding(mesh, spec))
+
+    return LBFGSState(*map(placed, state))
 
 
 def _placed_like(old: Array, new: Array) -> Array:
@@ -574,7 +591,9 @@ class LBFGS(Optimizer):
             call = self._captured(loss_function, args)
             layout = self._layout_of(call.boxes)
             size = group["history_size"]
-            problem = interned(Problem, call.cut, layout, size, group["line_search_fn"])
+            state = self._present(layout, size)
+            pins = tuple(map(pin, state))
+            problem = interned(Problem, call.cut, layout, size, group["line_search_fn"], pins)
             params = distinct(call.differentiated, call.traced) if self.donate else call.differentiated
 
             def commit(results: list[Any]) -> list[tuple[Any, str, Any]]:
@@ -586,7 +605,7 @@ class LBFGS(Optimizer):
                 return entry.moved(Kept(LBFGSState(*state)), self._handover)
 
             scalars = Scalars(*[getattr(hyper, name) for name in Scalars._fields])
-            arguments = problem, list(self._present(layout, size)), params, call.traced, scalars
+            arguments = problem, list(state), params, call.traced, scalars
             donated = (STATE, PARAMS) if self.donate else (STATE,)
             return Launch(program, donated, [Call((problem, *kinds(call.traced)), arguments)], commit)
 
@@ -604,7 +623,8 @@ class LBFGS(Optimizer):
         entry = ParameterState.of(self.state.get(first, {}))
         if isinstance(entry.place, Kept) and len(entry.place.state.ro) == history_size:
             return entry.place.state
-        return from_entries(self._checked(first, dict(entry), "state") if entry else {}, layout, history_size)
+        state = from_entries(self._checked(first, dict(entry), "state") if entry else {}, layout, history_size)
+        return spread(state, first.value)
 
     @classmethod
     def _state_names(cls) -> tuple[str, ...]:
