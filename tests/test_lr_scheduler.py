@@ -830,6 +830,8 @@ def test_a_schedule_is_a_function_of_which_nothing_is_saved() -> None:
     schedule = optim.schedules.warmup(optim.schedules.cosine_annealing(1.0, T_max=9), 3)
     scheduler = optim.lr_scheduler.LambdaLR(optimizer, schedule)
     assert scheduler.state_dict()["lr_lambdas"] == [None] * 3
+    shown = repr(scheduler)
+    assert shown.startswith(("LambdaLR(lr_lambda=warmup(", "LambdaLR(lr_lambda=joined)"))
     follow(optimizer, scheduler, 3)
     other = build()
     resumed = optim.lr_scheduler.LambdaLR(other, optim.schedules.warmup(optim.schedules.cosine_annealing(1.0, 9), 3))

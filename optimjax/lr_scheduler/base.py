@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from optimjax import schedules
 from optimjax.lr_scheduler.entries import by_group, checked, is_number, like, shown
 from optimjax.optimizer import Optimizer
 from optimjax.state_dict import copied, plain
@@ -385,5 +386,6 @@ def check_number(name: str, value: Any, least: float, *, open_: bool = False) ->
 
 
 def attributes_of(function: Any) -> dict[str, Any] | None:
-    """What is saved of a callable: the attributes of an object, nothing of a function, jitted or not."""
-    return None if function is None or hasattr(function, "__qualname__") else dict(vars(function))
+    """What is saved of a callable: the attributes of an object, nothing of a function, jitted or not, or a schedule."""
+    is_function = hasattr(function, "__qualname__") or type(function).__module__ == schedules.__name__
+    return None if function is None or is_function else dict(vars(function))

@@ -167,7 +167,8 @@ def _text(value: Any) -> str:
         if isinstance(value, (list, tuple)):
             return f"[{', '.join(map(_text, value))}]"
         if callable(value):
-            return getattr(value, "__qualname__", type(value).__name__).rpartition(".")[2]
+            name = getattr(value, "__qualname__", None) or repr(value)
+            return type(value).__name__ if " at 0x" in name else name.rpartition(">.")[2]
         if is_number(value) and not isinstance(value, int):
             return f"{float(np.asarray(value).item()):g}"
         return reprlib.repr(value)
