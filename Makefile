@@ -53,7 +53,7 @@ bench: .venv/test ## time a step beside optax and PyTorch, and measure where the
 	$(BIN)/python benchmarks/sparse.py
 
 clean: ## remove the virtual environments and caches
-	rm -rf .venv .venv-newest docs/_build docs/algorithms.rst .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest docs/_build docs/algorithms.rst docs/lr_schedulers.png .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps say which extras are installed; they are made again when pyproject.toml changes.
