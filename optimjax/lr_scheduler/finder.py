@@ -33,7 +33,7 @@ def find_lr(
       optimizer: it steps, all groups with the same rate, with its hooks. Afterwards parameters, gradients, state,
         groups, and other variables of modules (batch statistics, random state) are what they were.
       loss_fn: as in ``optimizer.step(loss_fn, *batch)``.
-      batches: gone through again and again. Each is a tuple (or list) of what ``loss_fn`` takes beside the parameters,
+      batches: gone through again and again. Each is a tuple (or list) of what ``loss_fn`` takes after the parameters,
         or the one such thing.
       start: the first rate, above 0.
       end: the last rate, above 0. From step to step the rate is multiplied by the same factor.
