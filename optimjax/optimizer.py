@@ -36,7 +36,7 @@ from optimjax.loss import (
     value_and_grad,
 )
 from optimjax.parameter import Parameter
-from optimjax.rule import Hyperparameters, Rule, initial_slots
+from optimjax.rule import Hyperparameters, Numeric, Rule, initial_slots
 from optimjax.source import BoxSource, ModuleSource, Source, is_single, not_parameters, source_of
 from optimjax.sparse import zeros_like
 from optimjax.state_dict import IncompatibleKeys, as_count, read_slot
@@ -148,8 +148,9 @@ class Optimizer:
             )
         if isinstance(params, Iterator):  # of parameters, or of groups
             params = list(params)
-        self._check_not_options(params)
         groups = params if _is_list_of_groups(params) else None
+        if groups is None:
+            self._check_not_options(params)
         whole = isinstance(params, ParameterGroups)
         self._grouped = groups is not None and not whole
         if whole:
@@ -199,9 +200,15 @@ class Optimizer:
             raise TypeError(not_parameters(f"params{where}", given))
         options = {name: _without_tensors(value) for name, value in param_group.items()}
         group: dict[str, Any] = {**self.defaults, **options, "params": list(source.parameters)}
-        names = self._names_of(group.pop("param_names", None), source)
+        names = group.pop("param_names", None)
+        if isinstance(source, BoxSource) and source.names is None and names and len(names) == len(source.parameters):
+            source = BoxSource(zip(names, source.parameters, strict=True))  # a group of another optimizer
+        if source.parameters:
+            names = source.names
+        else:  # it neither has names nor lacks them, and is as the groups before it
+            names = [] if any("param_names" in other for other in self.param_groups) else None
         if names is not None:
-            group["param_names"] = names
+            group["param_names"] = list(names)
         self._check_keys(param_group, where)
         self._check(group, where)
         hyper, flags = self._resolve(group, where)
@@ -227,14 +234,6 @@ class Optimizer:
             self._sources, self._grouped = before
             self.param_groups[:] = [other for other in self.param_groups if other is not group]
             raise
-
-    def _names_of(self, given: Any, source: Source) -> list[str] | None:
-        """The names of a new group's parameters: their own, or those that a group made elsewhere comes with."""
-        if not source.parameters:  # it neither has names nor lacks them, and is as the groups before it
-            return [] if any("param_names" in other for other in self.param_groups) else None
-        if source.names is not None:
-            return list(source.names)
-        return list(given) if given is not None and len(given) == len(source.parameters) else None
 
     def _check_keys(self, group: Mapping[str, Any], where: str) -> None:
         """Raise for a misspelt option; a key that resembles none is the user's own."""
@@ -266,10 +265,8 @@ class Optimizer:
 
     def _check_not_options(self, params: Any) -> None:
         """Raise for misspelt groups, which would be taken for a tree, and their options ignored."""
-        if isinstance(params, (list, tuple)) and not _is_list_of_groups(params):
-            for item in params:
-                if isinstance(item, (dict, list, tuple)):
-                    self._check_not_options(item)
+        for item in params if isinstance(params, (list, tuple)) else ():
+            self._check_not_options(item)
         if not isinstance(params, dict):
             return
         options = [name for name, value in params.items() if name in self.hyperparameters.kinds and _is_option(value)]
@@ -284,11 +281,16 @@ class Optimizer:
 
     def _check(self, values: Mapping[str, Any], where: str) -> None:
         for name, value in values.items():
-            if name in self.hyperparameters.numeric and any(map(callable, jax.tree.leaves([value]))):
+            kind = self.hyperparameters.kinds.get(name)
+            if not isinstance(kind, Numeric):
+                continue
+            if any(map(callable, jax.tree.leaves([value]))):
                 raise TypeError(
                     f"{name}{where} must be a number, got {value!r}: "
                     "schedules belong to optim.functional, or use optim.lr_scheduler"
                 )
+            if not kind.items and not kind.is_value(value):
+                raise TypeError(f"{name}{where} must be a number or an array of one element, got {value!r}")
         self.hyperparameters.check(values, self.rule)
 
     @property

@@ -69,7 +69,8 @@ def named_parameters(module: Any) -> Iterator[tuple[str, Parameter]]:
                 )
         yield from module_parameters(module)
     else:
-        if jax.tree_util.all_leaves([module]) and not (is_inexact_array(module) or isinstance(module, Parameter)):
+        alone = module is None or jax.tree_util.all_leaves([module])
+        if alone and not (is_inexact_array(module) or isinstance(module, Parameter)):
             raise TypeError(not_parameters("what is given", module))
         source = TreeSource(module)
         yield from zip(source.names or (), source.parameters, strict=True)
