@@ -27,7 +27,7 @@ def table(optimizer: "Optimizer") -> str:
     keys = [key for key in dict.fromkeys(itertools.chain(*groups)) if key not in ("params", "param_names", "name")]
     usual = optimizer.defaults | _usual(type(optimizer))  # an option that no argument sets is what it is
     shown = [key for key in keys if key == "lr" or any(_text(g.get(key)) != _text(usual.get(key)) for g in groups)]
-    header = ["group", "parameters", "elements", "state bytes", *shown]
+    header = ["group", "parameters", "elements", "state bytes", *map(str, shown)]
     rows = []
     for index, group in enumerate(groups):
         boxes = group["params"]

@@ -357,7 +357,10 @@ def _of_kind(value: Any, dtype: Any) -> jax.Array:
     if is_plain:
         array = array.astype(dtype)
     array = array if isinstance(array, jax.Array) else jnp.array(array)
-    return array.astype(jnp.promote_types(array.dtype, dtype)) if kind < most else array
+    if kind == most:
+        return array
+    with jax.numpy_dtype_promotion("standard"):  # meant here, whatever is forbidden elsewhere
+        return array.astype(jnp.promote_types(array.dtype, dtype))
 
 
 _KINDS = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)  # each can hold those before it

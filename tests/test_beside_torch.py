@@ -81,6 +81,8 @@ class Sequence(RuleBasedStateMachine):
         super().__init__()
         self.exits = contextlib.ExitStack()
         self.exits.enter_context(double_precision())
+        self.torch.set_default_dtype(self.torch.float64)
+        self.exits.callback(self.torch.set_default_dtype, self.torch.float32)
         self.exits.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # PyTorch's, of copied schedulers
         self.saved: Any = None
@@ -401,7 +403,7 @@ class Sequence(RuleBasedStateMachine):
             lambda: load_with(lambda saved: saved["param_groups"][-1]["params"].append(99)),
             lambda: load_with(lambda saved: saved["param_groups"][-1].pop("params")),
             lambda: load_with(spoil),
-            lambda: load_with(lambda saved: saved["state"].update({0: {"no_slot": np.ones(2)}})),
+            lambda: load_with(lambda saved: saved["state"].update({0: {"prev_flat_grad": np.ones(2)}})),
             lambda: ours.load_state_dict(3),
             lambda: set_to("grad", np.ones((*box.shape, 2))),
             lambda: set_to("grad", np.ones(box.shape, int)),

@@ -21,7 +21,7 @@ def rosenbrock(w: Any) -> Any:
 
 def quadratic(w: Any) -> Any:
     """A bowl with different curvatures."""
-    return jnp.sum(CURVATURES * jnp.abs(w - 1) ** 2) / 2
+    return jnp.sum(CURVATURES[None] * jnp.abs(w - 1) ** 2) / 2
 
 
 STARTS: dict[Callable[[Any], Any], Any] = {

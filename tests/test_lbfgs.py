@@ -337,7 +337,7 @@ def test_given_gradients_are_those_of_the_first_evaluation() -> None:
 
 
 def test_hyperparameters_may_be_arrays_schedules_and_overrides(compilations: Any) -> None:
-    algorithm = F.lbfgs(lr=lambda count: 0.1 * 0.5**count, max_iter=1)
+    algorithm = F.lbfgs(lr=lambda count: 0.1 * 0.5 ** count.astype(jnp.float32), max_iter=1)
     params = jnp.array([100.0])
     state = algorithm.init(params)
     loss_fn = lambda p: (p**2).sum() / 2  # noqa: E731
@@ -772,7 +772,8 @@ def test_complex_mixed_and_empty_parameters_are_pytorchs(torch: Any, options: di
         return value
 
     for _ in range(3):
-        ours.step(loss)
+        with jax.numpy_dtype_promotion("standard"):  # of which the loss makes use
+            ours.step(loss)
         theirs.step(closure)
     for mine, tensor in zip(ours.params, tensors, strict=True):
         assert mine.dtype == tensor.detach().numpy().dtype
@@ -995,7 +996,7 @@ def test_derivatives_are_taken_in_forward_mode(line_search_fn: str | None) -> No
         return rosenbrock(jnp, x)
 
     at, h = jnp.array([0.3, 0.0]), 1e-6
-    values = jax.jit(jax.vmap(final_loss))(at + h * jnp.array([[1, 0], [-1, 0], [0, 1], [0, -1]]))
+    values = jax.jit(jax.vmap(final_loss))(at[None] + h * jnp.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]))
     numeric = (values[::2] - values[1::2]) / (2 * h)
     assert jnp.all(jnp.abs(numeric) > 1e-3)
     np.testing.assert_allclose(jax.jit(jax.jacfwd(final_loss))(at), numeric, rtol=1e-4)

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import inspect
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -37,6 +38,13 @@ class Net(nnx.Module):
 
 def loss_fn(net: Any, x: Any, y: Any) -> Any:
     return jnp.mean((net(x) - y) ** 2)
+
+
+@pytest.fixture
+def standard_promotion() -> Iterator[None]:
+    """JAX's usual rules, which some layers of flax need."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def sum_of_squares(params: Any, scale: Any = 1.0) -> Any:
@@ -97,7 +105,7 @@ class Normed(nnx.Module):
         return theirs
 
 
-@pytest.mark.usefixtures("x64")
+@pytest.mark.usefixtures("x64", "standard_promotion")
 @pytest.mark.parametrize("norm", [False, True], ids=["without statistics", "with statistics"])
 @pytest.mark.parametrize("has_aux", [False, True])
 def test_micro_batches_accumulate_as_in_pytorch(norm: bool, has_aux: bool, torch: Any) -> None:
@@ -371,6 +379,7 @@ WRITERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("form", ["backward", "step", "boxes", "in place"])
 @pytest.mark.parametrize("make", WRITERS.values(), ids=WRITERS)
 def test_what_the_loss_writes_into_parameters_stays_as_under_nnx(make: Any, form: str) -> None:
@@ -440,6 +449,7 @@ def test_parameters_that_the_loss_only_reads_are_not_written(inner: Any) -> None
     assert all(box.value is value for box, value in zip(boxes_of(optimizer), before, strict=True))
 
 
+@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("form", ["backward", "step"])
 def test_another_dtype_or_shape_written_into_a_parameter_is_refused_by_name(form: str) -> None:
     model = normed(nnx.WeightNorm, jnp.bfloat16)
@@ -696,7 +706,8 @@ def test_batches_may_be_tensors_of_pytorch(torch: Any) -> None:
     for scale in (1, 2):
         ours = optimizer.step(loss, torch.from_numpy(X * scale), torch.from_numpy(index))
         assert float(ours) == float(twin.step(loss, X * scale, index))
-    half = optimizer.backward(loss, torch.from_numpy(X).bfloat16(), torch.from_numpy(index))
+    with jax.numpy_dtype_promotion("standard"):
+        half = optimizer.backward(loss, torch.from_numpy(X).bfloat16(), torch.from_numpy(index))
     np.testing.assert_allclose(half, twin.backward(loss, X, index), rtol=0.02)
 
 

@@ -19,6 +19,7 @@ from flax import linen, nnx, struct
 from flax.core import freeze
 
 import optimjax as optim
+from optimjax.numerics import widened
 
 X = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
 KERNEL = np.random.default_rng(1).normal(size=(2, 3)).astype(np.float32)
@@ -113,7 +114,7 @@ TREES = {
 
 def sum_of_squares(tree: Any, scale: Any = 1.0) -> Any:
     leaves = [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]
-    return scale * sum(jnp.sum(jnp.square(jnp.abs(leaf.astype(jnp.result_type(leaf, jnp.float32))))) for leaf in leaves)
+    return scale * sum(jnp.sum(jnp.square(jnp.abs(widened(leaf)).astype(jnp.float32))) for leaf in leaves)
 
 
 @pytest.mark.parametrize(("tree", "names"), TREES.values(), ids=TREES)
@@ -229,10 +230,10 @@ class Equinox(eqx.Module):
         self.repeats, self.rate, self.residual, self.label = 2, 0.5, True, "net"
 
     def __call__(self, x: Any, key: Any) -> Any:
-        x = self.norm(self.pool(self.conv(x))[0]) * self.mask
+        x = self.norm(self.pool(self.conv(x))[0]) * self.mask.astype(x.dtype)
         for _ in range(self.repeats):
             x = x + self.activation(x) if self.residual else self.activation(x)
-        return self.head(self.dropout(x, key=key)) * self.rate + self.bins[1]
+        return self.head(self.dropout(x, key=key)) * self.rate + self.bins[1].astype(x.dtype)
 
 
 def equinox_loss(model: Any, x: Any, key: Any) -> Any:

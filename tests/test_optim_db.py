@@ -77,7 +77,8 @@ def loss_of(params: Any, array: Callable[[Any], Any]) -> Any:
 
 
 def our_loss(params: Any) -> Any:
-    return loss_of(params, jnp.asarray)
+    with jax.numpy_dtype_promotion("standard"):  # of which it makes use
+        return loss_of(params, jnp.asarray)
 
 
 @functools.cache

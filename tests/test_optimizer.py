@@ -31,7 +31,7 @@ def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def forward(kernel: Any, bias: Any, head: Any, x: Any) -> Any:
-    return jnp.tanh(x @ kernel + bias) @ head
+    return jnp.tanh(x @ kernel + bias[None]) @ head
 
 
 def mse(output: Any, y: Any) -> Any:

@@ -297,7 +297,7 @@ def test_the_users_numpy_array_is_copied() -> None:
 def test_complex_gradients_of_complex_parameters() -> None:
     w = optim.Parameter(jnp.ones(2, complex))
     w.grad = jnp.ones(2)
-    w.grad = 1j * jnp.ones(2)
+    w.grad = jnp.full(2, 1j)
     optim.SGD([w], lr=1.0).step()
     np.testing.assert_array_equal(w.value, [1 + 1j, 1 + 1j])  # jax.grad's convention
 
@@ -338,7 +338,7 @@ def test_in_place_operators_change_the_box(model: Model) -> None:
         np.testing.assert_allclose(box.value, before**3 % 7 // 0.5)
         box.value = jnp.asarray(before)
         np.testing.assert_allclose(box.value, (start - 0.5) * 4)
-        with pytest.raises(ValueError, match="must keep shape"):
+        with jax.numpy_rank_promotion("allow"), pytest.raises(ValueError, match="must keep shape"):
             box += np.ones((4, *box.shape))
     assert np.asarray(next(optim.parameters(model))).tolist() == np.asarray(box).tolist()
 

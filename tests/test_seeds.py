@@ -171,7 +171,7 @@ class Quantized(nnx.Module):
         self.scale_dx = nnx.Param(jnp.ones(3))
 
     def __call__(self, x: Any) -> Any:
-        return self.fc(self.conv(x * self.scale_cw[...]) * self.scale_dx[...])
+        return self.fc(self.conv(x * self.scale_cw[None]) * self.scale_dx[None])
 
 
 def test_groups_by_name_endings() -> None:

@@ -411,7 +411,7 @@ def test_without_names_on_one_side_order_decides() -> None:
 def test_a_tree_resumes_from_the_state_of_a_module() -> None:
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     source = optim.Adam(model, lr=0.1)
-    loss = lambda p, x: jnp.sum((x @ p["kernel"] + p["bias"]) ** 2)  # noqa: E731
+    loss = lambda p, x: jnp.sum((x @ p["kernel"] + p["bias"][None]) ** 2)  # noqa: E731
     x = jnp.ones((4, 2))
     source.step(lambda m, x: jnp.sum(m(x) ** 2), x)
     other = optim.Adam({"kernel": model.kernel[...], "bias": model.bias[...]})

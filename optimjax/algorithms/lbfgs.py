@@ -183,6 +183,7 @@ def minimize(
       The new state and parameters, and ``aux`` of the last evaluation.
     """
     scalars = Scalars(*[jnp.asarray(scalar, x.dtype) for scalar in scalars])
+    max_iter, max_eval = whole(scalars.max_iter), whole(scalars.max_eval)
 
     def no_gradient(grad: Array) -> Array:
         return largest(grad) <= scalars.tolerance_grad
@@ -203,12 +204,12 @@ def minimize(
 
         if line_search_fn is None:
             # After the last iteration not: with another batch in the next call it would be of no use.
-            again = ~flat & (n_iter != scalars.max_iter)
+            again = ~flat & (n_iter.astype(x.dtype) != scalars.max_iter)
             stay = lambda t, aux: (start._replace(t=t), aux)  # noqa: E731
             point, aux = jax.lax.cond(again, trial, stay, t, last.aux)
             evaluations, lost = again.astype(jnp.int32), False
         else:
-            left = scalars.max_eval - last.evaluations
+            left = max_eval - last.evaluations
             point, evaluations, aux = strong_wolfe(
                 trial, start, t, largest(d), last.aux, left, scalars.tolerance_change, skip=flat
             )
@@ -226,7 +227,7 @@ def minimize(
             evaluations=total,
             done=flat
             | lost
-            | (total >= scalars.max_eval)
+            | (total >= max_eval)
             | no_gradient(point.grad)
             | (largest(d * point.t) <= scalars.tolerance_change)
             | (jnp.abs(point.loss - last.loss) < scalars.tolerance_change),
@@ -242,8 +243,13 @@ def minimize(
         evaluations=jnp.int32(1),
         done=no_gradient(grad),
     )
-    end = jax.lax.while_loop(lambda it: ~it.done & (it.n_iter < scalars.max_iter), iterate, start)
+    end = jax.lax.while_loop(lambda it: ~it.done & (it.n_iter < max_iter), iterate, start)
     return end.state, end.x, end.aux
+
+
+def whole(number: Array) -> Array:
+    """A bound of counts as an integer: no count is between the two."""
+    return jnp.ceil(jnp.clip(number, 0, 2**30)).astype(jnp.int32)
 
 
 def with_direction(state: LBFGSState, grad: Array, loss: Array) -> LBFGSState:
@@ -253,7 +259,7 @@ def with_direction(state: LBFGSState, grad: Array, loss: Array) -> LBFGSState:
     ys = dot(y, s)
     store = ~first & (ys > CURVATURE)
     row = state.stored % size
-    stored = jnp.where(first, 0, state.stored + store)
+    stored = jnp.where(first, 0, state.stored + store.astype(jnp.int32))
 
     # Written as it was where nothing is stored: choosing between whole histories would copy them.
     def with_row(rows: Array, new: Array) -> Array:
