@@ -9,6 +9,7 @@ import copy
 import difflib
 import functools
 import itertools
+import reprlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import is_
@@ -660,9 +661,10 @@ class Optimizer:
             try:
                 kind: Any = self.hyperparameters.kinds[name]
                 values[name] = kind.over_numbers(concrete, group[name])
-            except (TypeError, ValueError, OverflowError) as error:
-                error_type = ValueError if isinstance(error, OverflowError) else type(error)
-                raise error_type(f"{name}{where} is {group[name]!r}, which is not a number: {error}") from None
+            except (AttributeError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+                error_type = TypeError if isinstance(error, TypeError) else ValueError
+                value = reprlib.repr(group[name])
+                raise error_type(f"{name}{where} is {value}, which is not a number: {error}") from None
         return self.hyperparameters.hyper(values), self.hyperparameters.flags(group)
 
     @classmethod

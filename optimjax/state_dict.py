@@ -5,7 +5,8 @@ import functools
 import itertools
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Mapping, MutableSequence, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence, Set
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -68,9 +69,12 @@ def load(optimizer: "Optimizer", state_dict: Mapping[str, Any], strict: bool = T
     Parameters are matched by name where both sides have names, else by order. Unless ``strict``, what has no match is
     left as it is.
     """
-    saved_groups = _groups(as_dict(state_dict), optimizer.defaults)
+    with _reading():
+        saved_groups = _groups(as_dict(state_dict), optimizer.defaults)
     ids, keys = (_matched if strict else _found)(optimizer.param_groups, saved_groups)
-    saved_state, saved_beside = _state(state_dict, saved_groups)
+    with _reading():
+        saved_state, saved_beside = _state(state_dict, saved_groups)
+        saved_beside = copied(saved_beside, _array)
     groups: list[dict[str, Any]] = []
     state: dict[Any, Any] = {}
     for index, (group, ids_of_group) in enumerate(zip(optimizer.param_groups, ids, strict=True)):
@@ -103,7 +107,7 @@ def load(optimizer: "Optimizer", state_dict: Mapping[str, Any], strict: bool = T
                     names.append(group["param_names"][position])
 
     state = {box: entries for box, entries in state.items() if entries}
-    beside = ({} if strict else _beside(optimizer.state)) | copied(saved_beside, _array)
+    beside = ({} if strict else _beside(optimizer.state)) | saved_beside
     before = [dict(group) for group in optimizer.param_groups], dict(optimizer.state)
     try:
         _set(optimizer, groups, state | beside)
@@ -113,6 +117,15 @@ def load(optimizer: "Optimizer", state_dict: Mapping[str, Any], strict: bool = T
         _set(optimizer, *before)
         raise
     return keys
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """What fails because a container holds itself, or an array was deleted, is an error of the state dict."""
+    try:
+        yield
+    except (AttributeError, RecursionError, RuntimeError) as error:
+        raise ValueError(f"the state dict cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _set(optimizer: "Optimizer", groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> None:
@@ -263,7 +276,8 @@ def _entries(optimizer: "Optimizer", box: Parameter, saved: Mapping[str, Any], t
         elif name in strange and value is not None:
             raise ValueError(f"{of_parameter} has {name!r}, which {type(optimizer).__name__} does not keep")
         else:
-            own[name] = copied(value, functools.partial(_array, box=box))
+            with _reading():
+                own[name] = copied(value, functools.partial(_array, box=box))
     wanted = [name for name, type_ in expected.items() if type_ is not None]
     absent = [name for name in ["step"] * counts + wanted if name not in entries]
     if entries and absent:
@@ -328,7 +342,7 @@ def as_count(value: Any, where: str) -> int:
             return int(number)
     except (AttributeError, OverflowError, RuntimeError, TypeError, ValueError):
         pass
-    raise ValueError(f"{where} is {value!r}, which is no whole number from 0 on")
+    raise ValueError(f"{where} is {reprlib.repr(value)}, which is not a whole number from 0 on")
 
 
 def slot_array(value: Any, dtype: Any, where: str) -> jax.Array:
@@ -346,8 +360,7 @@ def slot_array(value: Any, dtype: Any, where: str) -> jax.Array:
 
 
 def _of_kind(value: Any, dtype: Any) -> jax.Array:
-    if isinstance(value, jax.Array) and value.is_deleted():
-        raise ValueError("the array has been deleted")
+    value = _present(value)
     is_plain = isinstance(value, (int, float, complex, list, tuple))
     array = value if isinstance(value, jax.Array) else np.asarray(value)
     kind, most = _kind(array.dtype), _kind(dtype)
@@ -372,7 +385,7 @@ def _kind(dtype: Any) -> Any:
 
 def _array(value: Any, box: Parameter | None = None) -> Any:
     """A JAX array in place of one of PyTorch or NumPy, whose own dtype JAX keeps; anything else as it is."""
-    value = from_tensor(value)
+    value = _present(from_tensor(value))
     if isinstance(value, np.ndarray):
         try:
             array = jnp.array(value)
@@ -380,6 +393,13 @@ def _array(value: Any, box: Parameter | None = None) -> Any:
             return _own(value)
         value = array if array.dtype == value.dtype else _own(value)
     return place(value, box.value) if isinstance(value, jax.Array) and box is not None else value
+
+
+def _present(value: Any) -> Any:
+    """The value; or ``ValueError`` where it is an array that was deleted."""
+    if isinstance(value, jax.Array) and not isinstance(value, Tracer) and value.is_deleted():
+        raise ValueError(f"an array of shape {value.shape} has been deleted")
+    return value
 
 
 def _own(value: Any) -> Any:
@@ -411,5 +431,5 @@ def plain(value: Any, default: Any = None) -> Any:
 
 
 def _plain_leaf(value: Any) -> Any:
-    value = _own(from_tensor(value))
+    value = _own(_present(from_tensor(value)))
     return value.item() if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0 else value

@@ -94,7 +94,7 @@ class ParameterState(MutableMapping[str, Any]):
         """The bytes of the arrays, which do not count as seen by that."""
         place = self.place
         entries = self._values | (place.entries() if place is not None else {})
-        return sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(entries))
+        return sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(list(entries.values())))
 
     def claimed(self, store: "Store") -> None:
         """Note that a step is going to start from what is here now."""

@@ -469,10 +469,13 @@ MISFITS = {
     "an illegal value": (edit(lambda s: s["param_groups"][1].update(lr="fast")), r"lr of param_groups\[1\] is 'fast'"),
     "a slot that is no array": (edit(lambda s: s["state"][2].update(exp_avg="mean")), "exp_avg"),
     "a step that is no number": (edit(lambda s: s["state"][2].update(step=np.ones(2))), "step"),
-    "a step in between": (edit(lambda s: s["state"][2].update(step=1.5)), "'step' is 1.5, which is no whole number"),
-    "a step below zero": (edit(lambda s: s["state"][2].update(step=-3)), "'step' is -3, which is no whole number"),
-    "an infinite step": (edit(lambda s: s["state"][2].update(step=np.inf)), "'step' is inf, which is no whole number"),
-    "a step in text": (edit(lambda s: s["state"][2].update(step="3")), "'step' is '3', which is no whole number"),
+    "a step in between": (edit(lambda s: s["state"][2].update(step=1.5)), "'step' is 1.5, which is not a whole number"),
+    "a step below zero": (edit(lambda s: s["state"][2].update(step=-3)), "'step' is -3, which is not a whole number"),
+    "an infinite step": (
+        edit(lambda s: s["state"][2].update(step=np.inf)),
+        "'step' is inf, which is not a whole number",
+    ),
+    "a step in text": (edit(lambda s: s["state"][2].update(step="3")), "'step' is '3', which is not a whole number"),
     "a ragged slot": (edit(lambda s: s["state"][2].update(exp_avg=[[1.0], [2.0, 3.0]])), "'exp_avg' is .* loaded"),
     "an unknown id in text": (edit(lambda s: s["state"].update({"7": {}})), r"none of its groups: \['7'\]"),
     "an id twice": (edit(lambda s: s["param_groups"][0].update(params=[0, 0])), "more than once in its groups: 0"),
@@ -838,3 +841,98 @@ def test_an_optimizer_pickles() -> None:
     optimizer = run_adam()
     twin = pickle.loads(pickle.dumps(optimizer))
     assert_equal(run(twin, 2, 4), run(optimizer, 2, 4))
+
+
+# --- Damaged or hostile ones -----------------------------------------------------------------------------------------
+
+
+def holds_itself(kind: type) -> Any:
+    node: Any = kind()
+    node.append(node) if kind is list else node.update(x=node)
+    return node
+
+
+def deleted() -> Any:
+    array = jnp.zeros(2)
+    array.delete()
+    return array
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        ("state",),
+        ("state", 0),
+        ("state", 0, "step"),
+        ("state", 0, "exp_avg"),
+        ("state", 0, "own"),
+        ("state", "own"),
+        ("param_groups",),
+        ("param_groups", 0),
+        ("param_groups", 0, "lr"),
+        ("param_groups", 0, "params"),
+        ("param_groups", 0, "param_names"),
+        ("param_groups", 0, "own"),
+    ],
+    ids=lambda place: ".".join(map(str, place)),
+)
+@pytest.mark.parametrize(
+    "make",
+    [lambda: holds_itself(list), lambda: holds_itself(dict), deleted],
+    ids=["a list in itself", "a dict in itself", "deleted"],
+)
+def test_what_cannot_be_read_is_an_error_of_the_state_dict(place: tuple[Any, ...], make: Callable[[], Any]) -> None:
+    optimizer = optim.Adam({"w": jnp.ones(2)}, lr=0.1)
+    optimizer.step({"w": jnp.ones(2)})
+    node = saved = copy.deepcopy(optimizer.state_dict())
+    before = copy.deepcopy(saved)
+    for key in place[:-1]:
+        node = node[key]
+    node[place[-1]] = make()
+    with pytest.raises((TypeError, ValueError)):
+        optimizer.load_state_dict(saved)
+    jax.tree.map(np.testing.assert_array_equal, optimizer.state_dict()["state"], before["state"])
+    optimizer.step({"w": jnp.ones(2)})
+
+
+def test_a_count_that_nothing_can_be_computed_with_is_refused() -> None:
+    optimizer = optim.Adam({"w": jnp.ones(2)}, lr=0.1)
+    optimizer.step({"w": jnp.ones(2)})
+    saved = optimizer.state_dict()
+    saved["state"][0]["step"] = 10**400
+    with pytest.raises(ValueError, match=r"'step' is .*which is not a whole number"):
+        optimizer.load_state_dict(saved)
+    saved["state"][0]["step"] = 10**300
+    optimizer.load_state_dict(saved)
+    optimizer.step({"w": jnp.ones(2)})
+    with pytest.raises(ValueError, match="more than the functional state can count"):
+        optimizer.functional_state()
+
+
+@pytest.mark.parametrize("key", [5, (1, 2), None, 1.5])
+def test_keys_that_are_no_names_are_kept_and_shown(key: Any) -> None:
+    optimizer = optim.Adam({"w": jnp.ones(2)}, lr=0.1)
+    optimizer.step({"w": jnp.ones(2)})
+    saved = optimizer.state_dict()
+    saved["param_groups"][0][key] = saved["state"][0][key] = 1
+    optimizer.load_state_dict(saved)
+    assert str(key) in repr(optimizer)
+    assert str(key) in optimizer._repr_html_()
+    optimizer.step({"w": jnp.ones(2)})
+    assert optimizer.state_dict()["state"][0][key] == 1
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.float32), (jnp.float16, jnp.float32)]
+)
+def test_a_state_of_another_dtype_crosses_and_comes_back(dtypes: Any) -> None:
+    saved, present = dtypes
+    source, optimizer = (optim.NAdam({"w": jnp.ones(3, dtype)}) for dtype in dtypes)
+    source.step({"w": jnp.ones(3, saved)})
+    optimizer.load_state_dict(source.state_dict())
+    params, state = optimizer.functional_state()
+    assert state.exp_avg["w"].dtype == saved
+    optimizer.load_functional_state(params, state)
+    optimizer.step({"w": jnp.ones(3, present)})
+    with pytest.raises(ValueError, match=r"'state\.exp_avg\.w' has shape and dtype"):
+        optimizer.load_functional_state(params, state._replace(exp_avg={"w": jnp.ones(3, int)}))
