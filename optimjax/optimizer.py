@@ -366,7 +366,7 @@ class Optimizer:
                 ((_, _, changed, written, grads),) = results
                 call.write_back(changed, written)
                 for box, grad in zip(call.boxes, grads, strict=True):
-                    box.grad = grad
+                    box._grad = grad  # without checks, because it has been made for the parameter
                 return []
 
             arguments = call.cut, has_aux, call.differentiated, call.traced, accumulated
