@@ -441,7 +441,7 @@ def from_entries(entries: Mapping[str, Any], layout: Layout, history_size: int) 
 
 
 def spread(state: LBFGSState, param: Array) -> LBFGSState:
-    """The state over the mesh that parameters are on, if its axes are automatic; vectors in parts where that divides."""
+    """The state over the mesh that parameters are on, where its axes are automatic; vectors in parts if they divide."""
     sharding = pin(param)
     if sharding is None:
         return state
