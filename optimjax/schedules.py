@@ -14,12 +14,13 @@ JAX, of any shape, in JAX's default precision.
 >>> sgd = F.sgd(lr=0.1, momentum=schedules.linear(0.9, start_factor=0.5, total_iters=10))
 """
 
+import functools
 import itertools
 import math
 import operator
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, ParamSpec
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,7 @@ __all__ = [
 
 Value = Any  # a number, an array or a tracer
 Schedule = Callable[[Any], Any]
+P = ParamSpec("P")
 
 
 class _Math:
@@ -80,11 +82,44 @@ def _functions(count: Any) -> Any:
     return np if isinstance(count, np.ndarray) else _Math
 
 
+def _real(number: Any) -> Any:
+    """An array of JAX in its default precision, since JAX may be told not to promote integers; any other as it is."""
+    return number.astype(jnp.result_type(float)) if isinstance(number, jax.Array) else number
+
+
+class _Made:
+    """A schedule that shows what it was made from, and is copied and pickled by it."""
+
+    def __init__(self, make: Any, schedule: Schedule, args: Any, kwargs: Any):
+        self._make, self._schedule, self._args, self._kwargs = make, schedule, args, kwargs
+
+    def __call__(self, count: Any) -> Any:
+        return self._schedule(count)
+
+    def __repr__(self) -> str:
+        arguments = [*map(repr, self._args), *(f"{name}={value!r}" for name, value in self._kwargs.items())]
+        return f"{self._make.__name__}({', '.join(arguments)})"
+
+    def __reduce__(self) -> Any:
+        return functools.partial(self._make, *self._args, **self._kwargs), ()
+
+
+def _shown(make: Callable[P, Schedule]) -> Callable[P, Schedule]:
+    """The schedules made by a function show how they were made."""
+
+    @functools.wraps(make)
+    def shown(*args: P.args, **kwargs: P.kwargs) -> Schedule:
+        return _Made(shown, make(*args, **kwargs), args, kwargs)
+
+    return shown
+
+
 def _check_positive(name: str, number: float) -> None:
     if not number > 0:
         raise ValueError(f"{name} must be positive, got {number}")
 
 
+@_shown
 def constant(value: Value, factor: float = 1.0 / 3, total_iters: int = 5) -> Schedule:
     """``value * factor`` for ``total_iters`` counts, then ``value``, as ``ConstantLR``.
 
@@ -96,9 +131,11 @@ def constant(value: Value, factor: float = 1.0 / 3, total_iters: int = 5) -> Sch
     """
     if not 0 <= factor <= 1:
         raise ValueError(f"Constant multiplicative factor expected to be between 0 and 1, got {factor}")
-    return lambda count: value * (factor + (count >= total_iters) * (1 - factor))
+    value = _real(value)
+    return lambda count: value * (factor + _functions(count).where(count >= total_iters, 1 - factor, 0.0))
 
 
+@_shown
 def linear(value: Value, start_factor: float = 1.0 / 3, end_factor: float = 1.0, total_iters: int = 5) -> Schedule:
     """From ``value * start_factor`` straight to ``value * end_factor`` in ``total_iters`` counts, as ``LinearLR``.
 
@@ -115,10 +152,12 @@ def linear(value: Value, start_factor: float = 1.0 / 3, end_factor: float = 1.0,
         )
     if not 0 <= end_factor <= 1:
         raise ValueError(f"Ending multiplicative factor expected to be between 0 and 1, got end_factor={end_factor}")
-    rise, whole = end_factor - start_factor, total_iters or 1  # of no counts it stays at the first, as PyTorch's does
-    return lambda count: value * (start_factor + rise * _functions(count).minimum(total_iters, count) / whole)
+    # With total_iters=0 it stays at the first value, as PyTorch's does.
+    value, rise, whole = _real(value), end_factor - start_factor, total_iters or 1
+    return lambda count: value * (start_factor + rise * _functions(count).minimum(total_iters, _real(count)) / whole)
 
 
+@_shown
 def step(value: Value, step_size: int, gamma: float = 0.1) -> Schedule:
     """Times ``gamma`` every ``step_size`` counts, as ``StepLR``.
 
@@ -129,44 +168,51 @@ def step(value: Value, step_size: int, gamma: float = 0.1) -> Schedule:
       ValueError: ``step_size`` is not positive.
     """
     _check_positive("step_size", step_size)
-    return lambda count: value * gamma ** (count // step_size)
+    value = _real(value)
+    return lambda count: value * gamma ** _real(count // step_size)
 
 
+@_shown
 def multi_step(value: Value, milestones: Iterable[int], gamma: float = 0.1) -> Schedule:
-    """Times ``gamma`` at each milestone, as ``MultiStepLR``; one that is named twice counts twice.
+    """Times ``gamma`` at each milestone, as ``MultiStepLR``; a repeated milestone applies twice.
 
     >>> [multi_step(1.0, milestones=[1, 3], gamma=0.5)(count) for count in range(5)]
     [1.0, 0.5, 0.5, 0.25, 0.25]
     """
-    ordered = np.sort(np.asarray(list(milestones)))
-    return lambda count: value * gamma ** _functions(count).searchsorted(ordered, count, side="right")
+    value, ordered = _real(value), np.sort(np.asarray(list(milestones)))
+    return lambda count: value * gamma ** _real(_functions(count).searchsorted(ordered, count, side="right"))
 
 
+@_shown
 def exponential(value: Value, gamma: float) -> Schedule:
     """Times ``gamma`` at every count, as ``ExponentialLR``.
 
     >>> [exponential(1.0, gamma=0.5)(count) for count in range(3)]
     [1.0, 0.5, 0.25]
     """
-    return lambda count: value * gamma**count
+    value = _real(value)
+    return lambda count: value * gamma ** _real(count)
 
 
+@_shown
 def polynomial(value: Value, total_iters: int = 5, power: float = 1.0) -> Schedule:
     """From ``value`` to 0 in ``total_iters`` counts, as a power of the share that is left, as ``PolynomialLR``.
 
     >>> [polynomial(1.0, total_iters=4, power=2.0)(count) for count in range(6)]
     [1.0, 0.5625, 0.25, 0.0625, 0.0, 0.0]
     """
-    whole = float(total_iters or 1)  # of no counts it stays at the first, as PyTorch's does
+    # With total_iters=0 it stays at the first value, as PyTorch's does.
+    value, whole = _real(value), float(total_iters or 1)
 
     def schedule(count: Any) -> Any:
         xp = _functions(count)
-        left = 1.0 - xp.minimum(total_iters, count) / whole
+        left = 1.0 - xp.minimum(total_iters, _real(count)) / whole
         return value * xp.maximum(left, 0.0) ** power  # compiled, a division may come to more than 1
 
     return schedule
 
 
+@_shown
 def cosine_annealing(value: Value, T_max: float, eta_min: float = 0.0) -> Schedule:  # noqa: N803
     """Half a cosine from ``value`` to ``eta_min`` in ``T_max`` counts, and up again after, as ``CosineAnnealingLR``.
 
@@ -177,9 +223,11 @@ def cosine_annealing(value: Value, T_max: float, eta_min: float = 0.0) -> Schedu
       ValueError: ``T_max`` is not positive.
     """
     _check_positive("T_max", T_max)
-    return lambda count: eta_min + (value - eta_min) * (1 + _functions(count).cos(math.pi * count / T_max)) / 2
+    value = _real(value)
+    return lambda count: eta_min + (value - eta_min) * (1 + _functions(count).cos(math.pi * _real(count) / T_max)) / 2
 
 
+@_shown
 def cosine_annealing_warm_restarts(value: Value, T_0: int, T_mult: int = 1, eta_min: float = 0.0) -> Schedule:  # noqa: N803
     """Half cosines from ``value`` to ``eta_min``; the first takes ``T_0`` counts, each next ``T_mult`` times as many.
 
@@ -189,7 +237,7 @@ def cosine_annealing_warm_restarts(value: Value, T_0: int, T_mult: int = 1, eta_
     [1.0, 0.5, 1.0, 0.854, 0.5, 0.146]
 
     Raises:
-      ValueError: ``T_0`` is no positive integer, or ``T_mult`` no integer of at least 1.
+      ValueError: ``T_0`` is not a positive integer, or ``T_mult`` is not an integer of at least 1.
     """
     if not isinstance(T_0, int) or T_0 <= 0:
         raise ValueError(f"Expected positive integer T_0, but got {T_0}")
@@ -200,7 +248,7 @@ def cosine_annealing_warm_restarts(value: Value, T_0: int, T_mult: int = 1, eta_
     while T_mult > 1 and starts[-1] + lengths[-1] < 2**31:
         starts.append(starts[-1] + lengths[-1])
         lengths.append(lengths[-1] * T_mult)
-    starts, lengths = np.asarray(starts, np.int32), np.asarray(lengths, float)
+    value, starts, lengths = _real(value), np.asarray(starts, np.int32), np.asarray(lengths, float)
 
     def schedule(count: Any) -> Any:
         xp = _functions(count)
@@ -209,11 +257,12 @@ def cosine_annealing_warm_restarts(value: Value, T_0: int, T_mult: int = 1, eta_
         else:
             cycle = xp.searchsorted(starts, count, side="right") - 1
             since, length = count - xp.asarray(starts)[cycle], xp.asarray(lengths)[cycle]
-        return eta_min + (value - eta_min) * (1 + xp.cos(math.pi * since / length)) / 2
+        return eta_min + (value - eta_min) * (1 + xp.cos(math.pi * _real(since) / length)) / 2
 
     return schedule
 
 
+@_shown
 def cyclic(
     value: Value,
     max_lr: Value,
@@ -238,12 +287,13 @@ def cyclic(
     _check_positive("step_size_up", step_size_up)
     up = float(step_size_up)
     total = up + (float(step_size_down) if step_size_down is not None else up)
-    return lambda count: triangle(value, max_lr, count, total, up / total, scale, by)
+    value, peak = _real(value), _real(max_lr)
+    return lambda count: triangle(value, peak, count, total, up / total, scale, by)
 
 
 def triangle(value: Value, peak: Value, count: Any, total: float, ratio: float, scale: Any, by: str) -> Any:
     """The value at a count of cycles of length ``total``, of which ``ratio`` goes towards ``peak``."""
-    xp = _functions(count)
+    xp, count = _functions(count), _real(count)
     cycle = xp.floor(1 + count / total)
     x = 1.0 + count / total - cycle
     height = xp.where(x <= ratio, x / ratio, (x - 1) / (ratio - 1) if ratio < 1 else 0.0)
@@ -266,6 +316,7 @@ def cyclic_scale(
     return scales[mode]
 
 
+@_shown
 def one_cycle(
     value: Value,
     total_steps: int | None = None,
@@ -281,7 +332,7 @@ def one_cycle(
 
     ``value`` is PyTorch's ``max_lr``. Beyond ``total_steps``, where the scheduler raises, it stays at the last value.
 
-    The momentum that ``OneCycleLR`` cycles beside the rate is the cycle around the base momentum with
+    The momentum that ``OneCycleLR`` cycles alongside the rate is the cycle around the base momentum with
     ``div_factor=base_momentum / max_momentum`` and ``final_div_factor=1``.
 
     >>> rate = one_cycle(1.0, total_steps=10)
@@ -297,12 +348,13 @@ def one_cycle(
     total = one_cycle_steps(total_steps, epochs, steps_per_epoch)
     ends = one_cycle_ends(total, pct_start, three_phase)
     anneal = annealing(anneal_strategy)
+    value = _real(value)
     initial = value / div_factor
     values = [initial, value, *([initial] if three_phase else []), initial / final_div_factor]
 
     def schedule(count: Any) -> Any:
         # The scheduler may be stepped once too often, to `total`; PyTorch's value there lies beyond the last one.
-        return phases(_functions(count).where(count > total, total - 1, count), ends, values, anneal)
+        return phases(_functions(count).where(count > total, total - 1, _real(count)), ends, values, anneal)
 
     return schedule
 
@@ -347,15 +399,18 @@ def annealing(strategy: str) -> Callable[[Any, Any, Any], Any]:
     raise ValueError(f"anneal_strategy must be one of 'cos' or 'linear', instead got {strategy}")
 
 
+@_shown
 def lambda_(value: Value, lr_lambda: Callable[[Any], Any]) -> Schedule:
     """``value`` times a function of the count, as ``LambdaLR``.
 
     >>> lambda_(0.5, lambda count: 0.5**count)(1)
     0.25
     """
+    value = _real(value)
     return lambda count: value * lr_lambda(count)
 
 
+@_shown
 def multiplicative(value: Value, lr_lambda: Callable[[Any], Any]) -> Schedule:
     """``value`` times the function of every count from 1 on, as ``MultiplicativeLR``; it takes ``count`` calls.
 
@@ -376,6 +431,7 @@ def multiplicative(value: Value, lr_lambda: Callable[[Any], Any]) -> Schedule:
     return schedule
 
 
+@_shown
 def sequential(schedules: Sequence[Schedule], milestones: Sequence[int]) -> Schedule:
     """One schedule after the other, each from its own count 0 on, as ``SequentialLR``.
 
@@ -408,6 +464,7 @@ def sequential(schedules: Sequence[Schedule], milestones: Sequence[int]) -> Sche
     return schedule
 
 
+@_shown
 def product(*schedules: Schedule) -> Schedule:
     """All schedules multiplied, as ``ChainedScheduler`` does with the factors of its schedulers.
 
@@ -419,6 +476,7 @@ def product(*schedules: Schedule) -> Schedule:
     return lambda count: math.prod(schedule(count) for schedule in schedules)
 
 
+@_shown
 def warmup(schedule: Schedule, total_iters: int, *, delay: bool = True) -> Schedule:
     """Rise in ``total_iters`` equal steps to the first value of a schedule, which then begins.
 
@@ -427,7 +485,7 @@ def warmup(schedule: Schedule, total_iters: int, *, delay: bool = True) -> Sched
     Args:
       schedule: what is joined.
       total_iters: length of the warm-up.
-      delay: whether the schedule begins after the warm-up; otherwise it runs beside it, and is scaled.
+      delay: whether the schedule begins after the warm-up; otherwise it runs alongside, scaled.
 
     >>> rate = warmup(cosine_annealing(1.0, T_max=4), 2)
     >>> [round(rate(count), 3) for count in range(7)]
@@ -446,7 +504,7 @@ def warmup(schedule: Schedule, total_iters: int, *, delay: bool = True) -> Sched
 
     def joined(count: Any) -> Any:
         xp = _functions(count)
-        share = xp.minimum((count + 1) / float(total_iters), 1.0)  # JAX divides two integers in single precision
+        share = xp.minimum((_real(count) + 1) / float(total_iters), 1.0)
         return schedule(xp.maximum(count - total_iters, 0) if delay else count) * share
 
     return joined
@@ -481,8 +539,8 @@ def reduce_on_plateau(
 ) -> Plateau:
     """Cut ``value`` after more than ``patience`` metrics without an improvement, as ``ReduceLROnPlateau``.
 
-    It is no function of the count but a pair, as an algorithm is: ``update(metric, state)`` returns the value to go on
-    with, to be given to the functional core for one call: ``adam.update(params, grads, state, lr=value)``.
+    It is not a function of the count but a pair, as an algorithm is: ``update(metric, state)`` returns the value to go
+    on with, to be given to the functional core for one call: ``adam.update(params, grads, state, lr=value)``.
 
     >>> plateau = reduce_on_plateau(1.0, factor=0.5, patience=1)
     >>> state = plateau.init()
@@ -504,6 +562,7 @@ def reduce_on_plateau(
         return PlateauState(jnp.asarray(value, kind), jnp.asarray(worst(mode), kind), *counts)
 
     def update(metric: Any, state: PlateauState) -> tuple[Array, PlateauState]:
+        metric = jnp.asarray(metric, state.best.dtype)
         cut, *counted = watch(metric, *state[1:], better, patience, cooldown)
         new = jnp.where(cut, reduced(state.value, factor, min_lr, eps), state.value)
         return new, PlateauState(new, *counted)
