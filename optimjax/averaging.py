@@ -9,9 +9,15 @@ import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
 
+from optimjax.numerics import at_least_float32
 from optimjax.tree import flatten_params
 
 __all__ = ["Averaging", "AveragingState", "Exponential", "Uniform", "average", "ema", "swa"]
+
+
+def _like(number: Any, array: Any) -> Any:
+    """A number in the dtype of an array, for promotion may be forbidden; a Python number goes with any."""
+    return number.astype(jnp.result_type(array)) if isinstance(number, Array) else number
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class Exponential:
 
     def __call__(self, averaged: Any, current: Any, num_averaged: Any) -> Any:
         """The next average."""
-        return averaged + (1 - self.decay) * (current - averaged)
+        return averaged + _like(1 - self.decay, averaged) * (current - averaged)
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Uniform:
 
     def __call__(self, averaged: Any, current: Any, num_averaged: Any) -> Any:
         """The next average."""
-        return averaged + (current - averaged) / (num_averaged + 1)
+        return averaged + (current - averaged) / _like(num_averaged + 1, averaged)
 
 
 class AveragingState(NamedTuple):
@@ -117,7 +123,8 @@ def _averaging(rule: Callable[[Any], Any]) -> Averaging:
         following = rule(count)
 
         def one(averaged: Array, current: Array) -> Array:
-            return jnp.where(count == 0, current, average(following, averaged, current, count)).astype(averaged.dtype)
+            current = current.astype(averaged.dtype)
+            return jnp.where(count == 0, current, average(following, averaged, current, count))
 
         return AveragingState(count + 1, jax.tree.map(one, state.average, params))
 
@@ -126,5 +133,5 @@ def _averaging(rule: Callable[[Any], Any]) -> Averaging:
 
 def average(function: Callable[..., Any], averaged: Array, current: Array, num_averaged: Any) -> Array:
     """The next average of one array: in float32 at least, in the dtype of the average."""
-    wide = jnp.promote_types(averaged.dtype, jnp.float32)
+    wide = at_least_float32(averaged.dtype)
     return function(averaged.astype(wide), current.astype(wide), num_averaged).astype(averaged.dtype)

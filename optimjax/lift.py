@@ -134,9 +134,10 @@ class Lifted:
             leaf_name = lambda index=index: _leaf_name(params, index)  # noqa: E731
             check_gradient(leaf_name, leaves[index], grad_leaves[index])
             check_layout(self.rule, self.name, grad_leaves[index], leaf_name)
-        step = state.step + 1
+        step = jnp.asarray(state.step) + 1
+        count = step.astype(jnp.result_type(float))  # the rest of the numbers that scalars meet are floating ones, too
         hypers = _per_leaf(self.hyperparameters, values, columns, state.step, len(leaves))
-        scalars = {id(hyper): self.rule.scalars(step, hyper) for hyper in {id(h): h for h in hypers}.values()}
+        scalars = {id(hyper): self.rule.scalars(count, hyper) for hyper in {id(h): h for h in hypers}.values()}
         updated = apply_each(
             self.rule,
             [flags] * len(present),
@@ -254,10 +255,11 @@ def _restore_state(name: str, fields: tuple[str, ...], values: tuple[Any, ...]) 
 
 
 def _check(hyperparameters: Hyperparameters, key: str, value: Any) -> None:
-    """Check every value of a hyperparameter that may be a tree of values."""
+    """Check every value of a hyperparameter that may be a tree of values, as far as it is known to be one."""
     kind = hyperparameters.kinds.get(key)
     if isinstance(kind, Numeric):
-        for leaf in jax.tree.leaves(value, is_leaf=lambda x: kind.is_value(x) or (x is None and value is None)):
+        one = lambda x: kind.may_be_value(x) or (x is None and value is None)  # noqa: E731
+        for leaf in jax.tree.leaves(value, is_leaf=one):
             kind.check(key, leaf)
     elif kind is not None:
         kind.check(key, value)
@@ -276,8 +278,8 @@ def check_overrides(hyperparameters: Hyperparameters, overrides: Mapping[str, An
 
 def _columns(hyperparameters: Hyperparameters, values: Mapping[str, Any], params: Any) -> dict[str, list[Any]]:
     """For each numeric hyperparameter its values, one for each leaf."""
-    kinds = hyperparameters.kinds
-    return {key: _broadcast(kinds[key], key, values[key], params) for key in hyperparameters.numeric}
+    kinds: Any = hyperparameters.kinds
+    return {key: spread(kinds[key], key, values[key], params) for key in hyperparameters.numeric}
 
 
 def _per_leaf(
@@ -305,16 +307,34 @@ def _per_leaf(
     return result
 
 
-def _broadcast(kind: Any, key: str, value: Any, params: Any) -> list[Any]:
-    """One value for each leaf of ``params``, from one for all or from a tree that is a prefix of ``params``."""
-    if kind.is_value(value):
-        return [value] * jax.tree.structure(params).num_leaves
-    leaves: list[Any] = []
-    try:
-        jax.tree.map(
-            lambda v, subtree: leaves.extend([v] * jax.tree.structure(subtree).num_leaves),
-            value, params, is_leaf=kind.is_value,
-        )  # fmt: skip
-    except ValueError as error:
-        raise ValueError(f"{key} must be one value or a tree that is a prefix of the parameters: {error}") from None
-    return leaves
+def spread(kind: Numeric, key: str, value: Any, params: Any) -> list[Any]:
+    """One value for each leaf of ``params``, from one for all or from a tree that is a prefix of ``params``.
+
+    A tree that can be called, such as an Equinox module, is a tree of values where ``params`` has the same node, else a
+    schedule, as ``jax.tree_util.Partial`` is.
+
+    Raises:
+      ValueError: the tree is not a prefix of ``params``; a value in a tree that can be called is out of range.
+      TypeError: a value in such a tree is not a number.
+    """
+    values: list[Any] = []
+
+    def visit(value: Any, params: Any, checked: bool) -> None:
+        if not kind.is_value(value) and not jax.tree_util.all_leaves([value]):
+            children, node = jax.tree.flatten(value, is_leaf=lambda x: x is not value)
+            try:
+                subtrees = node.flatten_up_to(params)
+            except ValueError as error:
+                if not kind.may_be_value(value):
+                    message = f"{key} must be one value or a tree that is a prefix of the parameters: {error}"
+                    raise ValueError(message) from None
+            else:
+                for child, subtree in zip(children, subtrees, strict=True):
+                    visit(child, subtree, checked and not callable(value))
+                return
+        if not checked:
+            kind.check(key, value)
+        values.extend([value] * jax.tree.structure(params).num_leaves)
+
+    visit(value, params, checked=True)
+    return values

@@ -10,7 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-__all__ = ["at_least_float32", "bias_correction", "sqrt", "widened"]
+__all__ = [
+    "at_least_float32",
+    "bias_correction",
+    "coupled_decay",
+    "decay",
+    "maximum",
+    "sqrt",
+    "where",
+    "widened",
+]
 
 
 def at_least_float32(dtype: Any) -> Any:
@@ -33,6 +42,45 @@ def bias_correction(beta: Any, step: Any) -> Any:
         return 1 - beta**step
     log = math.log(beta) if isinstance(beta, (int, float)) and beta > 0 else jnp.log(beta)
     return -jnp.expm1(step * log)
+
+
+def where(condition: Any, yes: Any, no: Any) -> Any:
+    """One of two numbers, for Python's and for traced ones: as ``scalars`` of a rule are computed."""
+    return jnp.where(condition, yes, no) if isinstance(condition, Array) else yes if condition else no
+
+
+def maximum(a: Any, b: Any) -> Any:
+    """The larger of two numbers, Python's or traced; as Python's ``max``, the first one if the second is NaN."""
+    return where(b > a, b, a)
+
+
+def coupled_decay(param: Array, grad: Array, scalars: Any, flags: Any) -> Array:
+    """The gradient with weight decay added, an L2 penalty."""
+    return grad + _penalty(scalars.weight_decay, param) if flags.weight_decay else grad
+
+
+@jax.custom_jvp
+def _penalty(weight_decay: Array, param: Array) -> Array:
+    """``weight_decay * param``, or zero without decay, as in PyTorch, also where the parameter is infinite.
+
+    The class always compiles decay in. Without decay the parameter is not even read here: XLA's CPU backend takes the
+    condition, which is one for all elements, out of its loop.
+    """
+    return jnp.where(weight_decay != 0, weight_decay * param, 0)
+
+
+@_penalty.defjvp
+def _penalty_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (weight_decay, param), (weight_decay_dot, param_dot) = primals, tangents
+    # By the weight decay it is the parameter, at zero, too: a decay can be learned from there.
+    return _penalty(weight_decay, param), weight_decay_dot * param + _penalty(weight_decay, param_dot)
+
+
+def decay(param: Array, grad: Array, scalars: Any, flags: Any) -> tuple[Array, Array]:
+    """Parameter and gradient after weight decay: decoupled, the parameter shrinks; coupled, it enters the gradient."""
+    if flags.weight_decay and flags.decoupled_weight_decay:
+        return scalars.shrink * param, grad
+    return param, coupled_decay(param, grad, scalars, flags)
 
 
 @jax.custom_jvp

@@ -25,7 +25,6 @@ from jax.core import Tracer
 
 from optimjax.numerics import at_least_float32, bias_correction, sqrt
 from optimjax.sparse import Entries, is_sparse
-from optimjax.variable import nnx
 
 __all__ = [
     "Beta",
@@ -154,21 +153,34 @@ class Numeric:
     skip: bool = False
 
     def is_value(self, value: Any) -> bool:
-        """Whether this is one value for all parameters, not a tree of values."""
-        if self.items and not callable(value):
+        """Whether this is one value for all parameters, not a tree of values.
+
+        A function is one, a schedule. A tree that can be called may be a schedule or a tree of values; which of them is
+        known where the parameters are, and here it is none (see :func:`optimjax.lift.spread`).
+        """
+        parts = value if self.items and not callable(value) else [value]
+        return self.may_be_value(value) and not all(callable(part) and not _is_leaf(part) for part in parts)
+
+    def may_be_value(self, value: Any) -> bool:
+        """The same, where a tree that can be called is taken for a schedule."""
+        if callable(value):
+            return True
+        if self.items:
             return (
                 isinstance(value, (tuple, list))
                 and len(value) == len(self.items)
-                and all(kind.is_value(item) for kind, item in zip(self.items, value, strict=True))
+                and all(kind.may_be_value(item) for kind, item in zip(self.items, value, strict=True))
             )
         return _is_number(value) or (self.optional and value is None)
 
     def check(self, name: str, value: Any) -> None:
-        """Raise for a value out of range; a tracer or a schedule cannot be judged and passes."""
-        if not self.is_value(value):
+        """Raise for a value out of range; a tracer, and what can be called, cannot be judged and passes."""
+        if callable(value):
+            return
+        if not self.may_be_value(value):
             wanted = f"a tuple of {len(self.items)} numbers" if self.items else "a number"
             raise TypeError(f"{name} must be {wanted}, an array or a schedule, got {value!r}")
-        if self.items and not callable(value):
+        if self.items:
             for index, (kind, item) in enumerate(zip(self.items, value, strict=True)):
                 kind._check_number(f"{name}[{index}]", item, value)
         else:
@@ -195,11 +207,14 @@ class Numeric:
         return None if self.optional and value is None else function(value)
 
     def resolve(self, value: Any, count: Any) -> Any:
-        """The number itself where a schedule or an array of one element stands for it."""
+        """The number itself where a schedule or an array of one element stands for it: Python's or a scalar array."""
 
         def number(value: Any) -> Any:
             value = value(count) if callable(value) else value
-            return value.reshape(()) if np.ndim(value) else value
+            if isinstance(value, (np.ndarray, np.generic)):
+                return value.item()
+            # One dtype for all arrays, so that nothing is promoted where they meet; Python numbers go with any.
+            return value.reshape(()).astype(jnp.result_type(float)) if isinstance(value, jax.Array) else value
 
         return self.over_numbers(number, value(count) if self.items and callable(value) else value)
 
@@ -266,13 +281,13 @@ Capturable = Annotated[bool, Ignored()]
 Differentiable = Annotated[bool, Ignored()]
 
 
-def _is_number(value: Any) -> bool:
-    """A number, an array that may hold one, or a schedule that stands for one.
+def _is_leaf(value: Any) -> bool:
+    return jax.tree_util.all_leaves([value])
 
-    A variable of ``flax.nnx`` can be called, too, but is a tree with a number in it.
-    """
-    is_schedule = callable(value) and not (nnx() is not None and isinstance(value, nnx().Variable))
-    return is_schedule or isinstance(value, (int, float, np.generic, np.ndarray, jax.Array))
+
+def _is_number(value: Any) -> bool:
+    """A number, or an array that may hold one."""
+    return isinstance(value, (int, float, np.generic, np.ndarray, jax.Array))
 
 
 def _is_array(value: Any) -> bool:
@@ -350,8 +365,11 @@ class Hyperparameters:
         )
 
     def fixed_flags(self, values: Mapping[str, Any]) -> Any:
-        """The same for values that stay, which may be trees: a switch is on where any leaf is."""
-        on = {name: any(map(_is_on, jax.tree.leaves(values[name]))) for name in self._switches}
+        """The same for values that stay, which may be trees: a switch is on where any leaf is.
+
+        What can be called counts as on: it may be a schedule.
+        """
+        on = {name: any(map(_is_on, jax.tree.leaves(values[name], is_leaf=callable))) for name in self._switches}
         return self.flags({**values, **on})._replace(**{name: on[name] for name in self._skips})
 
 
@@ -372,7 +390,9 @@ def _kind_of(default: Any) -> Kind:
     """The kind of an argument that a class written elsewhere did not annotate."""
     if isinstance(default, (tuple, list)) and default and all(map(_is_number, default)):
         return Numeric(items=(Numeric(),) * len(default))
-    if default is inspect.Parameter.empty or (_is_number(default) and not isinstance(default, bool)):
+    if default is inspect.Parameter.empty or callable(default):
+        return Numeric()
+    if _is_number(default) and not isinstance(default, bool):
         return Numeric()
     return Structural(true_or_false if isinstance(default, bool) else None)
 

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from optimjax.numerics import widened
+
 if TYPE_CHECKING:
     from jax.experimental.sparse import BCOO
 
@@ -44,18 +46,18 @@ class Entries:
     def __init__(self, grad: Any):
         sizes = grad.shape[: grad.n_sparse]
         self.count = count = math.prod(sizes)
-        self._strides = np.array([math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))], int)
-        self._sizes = np.array(sizes, int)
+        # Of shape [1, sparse axes], as indices are.
+        self._strides = np.array([[math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]], int)
+        self._sizes = np.array([sizes], int)
         nse = grad.nse if count else 0  # all is padding where there is nothing, which JAX cannot gather from
-        data, indices = grad.data[:nse], grad.indices[:nse]
-        # Negative ones count from the end, as in indexing. The sum's type is wide enough for all that follows.
-        indices = jnp.where(indices < 0, indices + self._sizes, indices)
+        data, indices = grad.data[:nse], _signed(grad.indices[:nse])
+        indices = jnp.where(indices < 0, indices + self._sizes, indices)  # negative ones count from the end
         inside = jnp.all((indices >= 0) & (indices < self._sizes), axis=-1)
         flat = jnp.where(inside, jnp.sum(indices * self._strides, axis=-1), count)
         distinct, position = jnp.unique(flat, return_inverse=True, size=nse, fill_value=count)
         # Behind the end, too, each index occurs once, or it would be wrong to call them unique.
         self.index = jnp.where(distinct < count, distinct, count + jnp.arange(nse))
-        data = data.astype(jnp.promote_types(data.dtype, jnp.float32))
+        data = widened(data)
         self.values = jnp.zeros_like(data).at[jnp.where(inside, position, nse)].add(data, mode="drop")
 
     def take(self, array: Array) -> Array:
@@ -73,7 +75,16 @@ class Entries:
     def columns(self) -> Array:
         """The index along each sparse axis: of shape ``(nse, n_sparse)``."""
         columns = self.index[:, None] // self._strides
-        return columns.at[:, 1:].set(columns[:, 1:] % self._sizes[1:])  # the first one may stay behind the end
+        return columns.at[:, 1:].set(columns[:, 1:] % self._sizes[:, 1:])  # the first one may stay behind the end
+
+
+def _signed(indices: Array) -> Array:
+    """Indices as JAX's default integers; what these cannot hold stays beyond the end."""
+    dtype = jnp.result_type(int)
+    largest = jnp.iinfo(dtype).max
+    if jnp.iinfo(indices.dtype).max > largest:
+        indices = jnp.minimum(indices, largest)
+    return indices.astype(dtype)
 
 
 def coalesced(grad: Any) -> Any:

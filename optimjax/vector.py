@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
+from optimjax.numerics import at_least_float32
+
 __all__ = ["Layout", "dot", "largest"]
 
 
@@ -45,7 +47,11 @@ class Layout:
     @functools.cached_property
     def dtype(self) -> Any:
         """Of the vector: the widest of the parameters, at least float32."""
-        return jnp.result_type(jnp.float32, *map(_real, self.dtypes))
+        return max(
+            (at_least_float32(_real(dtype)) for dtype in self.dtypes),
+            key=lambda dtype: dtype.itemsize,
+            default=jnp.dtype(jnp.float32),
+        )
 
     @functools.cached_property
     def offsets(self) -> list[int]:

@@ -63,7 +63,7 @@ class Case:
       state_at_construction: whether the state exists before the first gradient.
       temporary: the most temporary memory that a compiled update may take, as a share of the parameters.
       steps: updates after which all of the arithmetic has been at work.
-      scalar_slots: state that is one float32 number for a parameter, whatever its shape and dtype.
+      scalar_slots: state that is one number for a parameter: float64 if the parameter is, else float32.
       reduced_slots: state of a shape of its own, which parameters with fewer axes, or with more, do not have.
       seen_in: for a hyperparameter that changes no parameter, the slot that it changes.
       towards: for a hyperparameter that cannot be scaled towards 0, such as a factor above 1, what it can be scaled

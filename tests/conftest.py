@@ -1,8 +1,9 @@
-"""Fixtures: seeds, double precision, PyTorch where it is installed, a count of compilations."""
+"""Fixtures: seeds, strict promotion, double precision, PyTorch where it is installed, a count of compilations."""
 
 import functools
 import importlib
 import random
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -35,15 +36,33 @@ def seed() -> None:
     np.random.seed(0)
 
 
+@pytest.fixture(autouse=True)
+def strict() -> Iterator[None]:
+    """No dtype, and no number of axes, is promoted in silence: the library must not rely on it.
+
+    Doctests and the code of pages, which are a user's, run by JAX's own rules.
+    """
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    yield
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+
+
 @pytest.fixture
 def x64() -> Iterator[None]:
-    """float64 is float64, not float32."""
+    """float64 is float64, not float32; in PyTorch it is the default, which numbers kept for a parameter have."""
     if hasattr(jax, "enable_x64"):
         enable_x64 = jax.enable_x64
     else:
         from jax.experimental import enable_x64
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_default_dtype(torch.float64)
     with enable_x64(True):
         yield
+    if torch is not None:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import jax
+
 __all__ = ["code_blocks", "run"]
 
 # A block of Python and, where a block of text comes next, what it prints.
@@ -27,7 +29,11 @@ def run(page: Path) -> list[str]:
     namespace: dict[str, Any] = {}
     lines = []
     for code, shown in code_blocks(page):
-        with contextlib.redirect_stdout(io.StringIO()) as out:
+        with (
+            contextlib.redirect_stdout(io.StringIO()) as out,
+            jax.numpy_dtype_promotion("standard"),  # which conftest.py makes strict
+            jax.numpy_rank_promotion("allow"),
+        ):
             exec(compile(code, str(page), "exec"), namespace)
         if shown is not None:
             compare(shown, out.getvalue())

@@ -112,7 +112,7 @@ def test_dtype_and_structure_are_kept(
         slots = [optimizer.state[box].get(name) for box in boxes(optimizer)]
         like = params
         if name in case.scalar_slots:
-            like = jax.tree.map(lambda p: jnp.float32(0), params)
+            like = jax.tree.map(lambda p: jnp.zeros((), "float64" if dtype == "float64" else "float32"), params)
         elif name in case.reduced_slots:
             before = getattr(case.factory(**options).init(params), name)
             like = jax.tree.map(lambda slot: np.zeros(slot.shape, dtype), before)

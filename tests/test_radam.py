@@ -25,5 +25,5 @@ def formula(step: int, beta2: float) -> float:
 def test_length_is_exact_to_rounding(request: pytest.FixtureRequest, beta2: float, wide: bool, rtol: float) -> None:
     if wide:
         request.getfixturevalue("x64")
-    ours = jax.jit(jax.vmap(lambda step: length(step, beta2)))(jnp.array(STEPS))
+    ours = jax.jit(jax.vmap(lambda step: length(step, beta2)))(jnp.array(STEPS, float))
     np.testing.assert_allclose(ours, [formula(step, beta2) for step in STEPS], rtol=rtol)

@@ -24,19 +24,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from optimjax.lift import factory
+from optimjax.numerics import coupled_decay, sqrt
 from optimjax.optimizer import Optimizer
-from optimjax.rule import (
-    Capturable,
-    Decay,
-    Differentiable,
-    Epsilon,
-    Flag,
-    Foreach,
-    LearningRate,
-    Rule,
-    Share,
-    sqrt,
-)
+from optimjax.rule import Capturable, Decay, Differentiable, Epsilon, Flag, Foreach, LearningRate, Rule, Share
 
 __all__ = ["Adadelta", "adadelta"]
 
@@ -70,8 +60,7 @@ def scalars(step: Any, hyper: Any) -> Scalars:
 
 def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any) -> tuple[Array, Slots]:
     """One step."""
-    if flags.weight_decay:
-        grad = grad + scalars.weight_decay * param
+    grad = coupled_decay(param, grad, scalars, flags)
     square_avg = scalars.rho * slots.square_avg + scalars.one_minus_rho * grad * grad
     # One root of the quotient: XLA stores the result of each root.
     delta = sqrt((slots.acc_delta + scalars.eps) / (square_avg + scalars.eps)) * grad

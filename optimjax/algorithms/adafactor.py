@@ -45,8 +45,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from optimjax.lift import factory
+from optimjax.numerics import maximum, sqrt
 from optimjax.optimizer import Optimizer
-from optimjax.rule import Decay, Flag, Foreach, LearningRate, Number, Numeric, Rule, sqrt
+from optimjax.rule import Decay, Flag, Foreach, LearningRate, Number, Numeric, Rule
 
 __all__ = ["Adafactor", "adafactor"]
 
@@ -128,8 +129,8 @@ def scalars(step: Any, hyper: Any) -> Scalars:
 
 def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any) -> tuple[Array, Slots]:
     """One step."""
-    eps1 = jnp.where(jnp.isnan(scalars.eps1), jnp.finfo(flags.param_dtype).eps, scalars.eps1)
-    alpha = jnp.maximum(scalars.eps2, _rms(param)) * jnp.minimum(scalars.lr, scalars.inverse_sqrt_step)
+    eps1 = jnp.where(jnp.isnan(scalars.eps1), float(jnp.finfo(flags.param_dtype).eps), scalars.eps1)
+    alpha = maximum(scalars.eps2, _rms(param)) * jnp.minimum(scalars.lr, scalars.inverse_sqrt_step)
     if flags.weight_decay:
         param = scalars.shrink * param
     squares = grad * grad
@@ -142,7 +143,7 @@ def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any
     else:
         estimate = variance = scalars.one_minus_weight * variance + scalars.weight * squares
     direction = grad / jnp.maximum(sqrt(estimate), eps1)
-    clipped = alpha / jnp.maximum(1, _rms(direction) / scalars.d)
+    clipped = alpha / maximum(1.0, _rms(direction) / scalars.d)
     return param - clipped * direction, Slots(row_var, col_var, variance)
 
 

@@ -30,19 +30,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from optimjax.lift import factory
+from optimjax.numerics import coupled_decay, sqrt
 from optimjax.optimizer import Optimizer
-from optimjax.rule import (
-    Decay,
-    Differentiable,
-    Epsilon,
-    Flag,
-    Foreach,
-    Fused,
-    LearningRate,
-    NonNegative,
-    Rule,
-    sqrt,
-)
+from optimjax.rule import Decay, Differentiable, Epsilon, Flag, Foreach, Fused, LearningRate, NonNegative, Rule
 
 __all__ = ["Adagrad", "adagrad"]
 
@@ -74,8 +64,7 @@ def scalars(step: Any, hyper: Any) -> Scalars:
 
 def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any) -> tuple[Array, Slots]:
     """One step."""
-    if flags.weight_decay:
-        grad = grad + scalars.weight_decay * param
+    grad = coupled_decay(param, grad, scalars, flags)
     total = slots.sum + grad * grad
     # In this order XLA does not store the decayed gradient between its two uses.
     return param - (scalars.lr * grad) / (sqrt(total) + scalars.eps), Slots(total)

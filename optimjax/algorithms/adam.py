@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from optimjax.lift import factory
+from optimjax.numerics import bias_correction, decay, sqrt
 from optimjax.optimizer import Optimizer
 from optimjax.rule import (
     BetasAlike,
@@ -44,8 +45,6 @@ from optimjax.rule import (
     Fused,
     LearningRate,
     Rule,
-    bias_correction,
-    sqrt,
 )
 
 __all__ = ["Adam", "adam"]
@@ -100,10 +99,7 @@ def scalars(step: Any, hyper: Any) -> Scalars:
 
 def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any) -> tuple[Array, Slots]:
     """One step."""
-    if flags.weight_decay and flags.decoupled_weight_decay:
-        param = scalars.shrink * param
-    elif flags.weight_decay:
-        grad = grad + scalars.weight_decay * param
+    param, grad = decay(param, grad, scalars, flags)
     exp_avg = scalars.beta1 * slots.exp_avg + scalars.one_minus_beta1 * grad
     exp_avg_sq = scalars.beta2 * slots.exp_avg_sq + scalars.one_minus_beta2 * grad * grad
     max_exp_avg_sq, second = slots.max_exp_avg_sq, exp_avg_sq

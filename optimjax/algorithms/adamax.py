@@ -27,19 +27,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from optimjax.lift import factory
+from optimjax.numerics import bias_correction, coupled_decay
 from optimjax.optimizer import Optimizer
-from optimjax.rule import (
-    Betas,
-    Capturable,
-    Decay,
-    Differentiable,
-    Epsilon,
-    Flag,
-    Foreach,
-    LearningRate,
-    Rule,
-    bias_correction,
-)
+from optimjax.rule import Betas, Capturable, Decay, Differentiable, Epsilon, Flag, Foreach, LearningRate, Rule
 
 __all__ = ["Adamax", "adamax"]
 
@@ -82,8 +72,7 @@ def scalars(step: Any, hyper: Any) -> Scalars:
 
 def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any) -> tuple[Array, Slots]:
     """One step."""
-    if flags.weight_decay:
-        grad = grad + scalars.weight_decay * param
+    grad = coupled_decay(param, grad, scalars, flags)
     exp_avg = scalars.beta1 * slots.exp_avg + scalars.one_minus_beta1 * grad
     exp_inf = jnp.maximum(scalars.beta2 * slots.exp_inf, jnp.abs(grad) + scalars.eps)
     return param - scalars.step_size * (exp_avg / exp_inf), Slots(exp_avg, exp_inf)

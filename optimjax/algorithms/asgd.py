@@ -17,7 +17,8 @@ learning rate falls as in Xu, "Towards optimal one pass large scale learning wit
 
 Differs from PyTorch:
 
-1. ``eta`` and ``mu`` are float32 whatever the parameter is, as they are in PyTorch unless its default dtype is float64.
+1. ``eta`` and ``mu`` are float64 for a float64 parameter, else float32. PyTorch keeps them in its default dtype,
+   whatever the parameter is.
 
 Differs from optax: it has no ASGD.
 """
@@ -30,6 +31,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from optimjax.lift import factory
+from optimjax.numerics import at_least_float32, coupled_decay
 from optimjax.optimizer import Optimizer
 from optimjax.rule import Capturable, Decay, Differentiable, Flag, Foreach, LearningRate, Number, Rule
 
@@ -39,8 +41,8 @@ __all__ = ["ASGD", "asgd"]
 class Slots(NamedTuple):
     """Kept for each parameter."""
 
-    eta: Array  # learning rate of the next step; float32 scalar
-    mu: Array  # share of the next parameters in the mean; float32 scalar
+    eta: Array  # learning rate of the next step; scalar, float32 at least
+    mu: Array  # share of the next parameters in the mean; scalar, float32 at least
     ax: Array  # mean of the parameters; of their shape and dtype
 
 
@@ -54,10 +56,11 @@ class Scalars(NamedTuple):
 
 
 def init(param: Array, hyper: Any, flags: Any) -> Slots:
-    """The first step is one of the learning rate."""
+    """The first step size is the learning rate."""
+    dtype = at_least_float32(param.real.dtype)
     return Slots(
-        eta=jnp.array(hyper.lr, jnp.float32),
-        mu=jnp.ones((), jnp.float32),
+        eta=jnp.array(hyper.lr, dtype),
+        mu=jnp.ones((), dtype),
         ax=jnp.zeros_like(param),
     )
 
@@ -74,9 +77,8 @@ def scalars(step: Any, hyper: Any) -> Scalars:
 
 def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any) -> tuple[Array, Slots]:
     """One step."""
-    if flags.weight_decay:
-        grad = grad + scalars.weight_decay * param
-    param = param - slots.eta * (grad + scalars.lambd * param)
+    grad = coupled_decay(param, grad, scalars, flags)
+    param = (1 - scalars.lambd * slots.eta) * param - slots.eta * grad
     # Before averaging, the mean is the parameter to the last bit, whatever it was before.
     ax = jnp.where(slots.mu == 1, param, slots.ax + slots.mu * (param - slots.ax))
     return param, Slots(eta=scalars.eta, mu=1 / jnp.maximum(1, scalars.past_t0), ax=ax)
@@ -114,7 +116,7 @@ class ASGD(Optimizer):
     >>> asgd = optim.functional.asgd(lr=0.1, lambd=0.5, alpha=1)
     >>> params = jnp.array([1.0, 2.0])
     >>> params, state = asgd.update(params, jnp.ones(2), asgd.init(params))
-    >>> print(params, state.step, f"{state.eta:.4f}", state.ax)
+    >>> print(params.round(2), state.step, f"{state.eta:.4f}", state.ax.round(2))
     [0.85 1.8 ] 1 0.0952 [0.85 1.8 ]
     """
 

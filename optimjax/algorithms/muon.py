@@ -48,8 +48,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from optimjax.lift import factory
+from optimjax.numerics import at_least_float32, sqrt
 from optimjax.optimizer import Optimizer
-from optimjax.rule import Epsilon, Flag, LearningRate, NonNegative, Number, Numeric, Rule, Structural, sqrt
+from optimjax.rule import Epsilon, Flag, LearningRate, NonNegative, Number, Numeric, Rule, Structural
 
 __all__ = ["Muon", "muon"]
 
@@ -70,7 +71,7 @@ class _Three(Numeric):
 
     def check(self, name: str, value: Any) -> None:
         """See :class:`optimjax.rule.Numeric`."""
-        if not self.is_value(value):
+        if not self.may_be_value(value):
             raise ValueError(f"Coefficients must be a tuple of exactly 3 values, got {value!r}")
         super().check(name, value)
 
@@ -186,15 +187,15 @@ def orthogonalize(matrix: Array, scalars: Scalars, steps: int) -> Array:
       The same shape and dtype.
     """
     dtype = matrix.dtype
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = at_least_float32(dtype)
     product = functools.partial(jnp.matmul, preferred_element_type=wide)
     a, b, c, eps = (jnp.asarray(scalar, wide) for scalar in (scalars.a, scalars.b, scalars.c, scalars.eps))
     tall = matrix.shape[-2] > matrix.shape[-1]
 
     def iterate(_: Any, x: Array) -> Array:
         gram = product(x, x.mT).astype(dtype)
-        polynomial = (b * gram + c * product(gram, gram)).astype(dtype)
-        return (a * x + product(polynomial, x)).astype(dtype)
+        polynomial = (b * gram.astype(wide) + c * product(gram, gram)).astype(dtype)
+        return (a * x.astype(wide) + product(polynomial, x)).astype(dtype)
 
     x = matrix.mT if tall else matrix
     norm = sqrt(jnp.sum(jnp.square(x.astype(wide)), axis=(-2, -1), keepdims=True))

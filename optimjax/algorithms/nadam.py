@@ -15,7 +15,8 @@ Source: Dozat, "Incorporating Nesterov momentum into Adam", ICLR 2016 workshop.
 
 Differs from PyTorch:
 
-1. ``mu_product`` is float32 whatever the parameter is, as it is in PyTorch unless its default dtype is float64.
+1. ``mu_product`` is float64 for a float64 parameter, else float32. PyTorch keeps it in its default dtype, whatever the
+   parameter is.
 2. Half precision, where the arithmetic here is in float32, so that a zero gradient does not give NaN although epsilon
    is zero in float16.
 
@@ -33,6 +34,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from optimjax.lift import factory
+from optimjax.numerics import at_least_float32, bias_correction, decay, sqrt
 from optimjax.optimizer import Optimizer
 from optimjax.rule import (
     Betas,
@@ -45,8 +47,6 @@ from optimjax.rule import (
     LearningRate,
     NonNegative,
     Rule,
-    bias_correction,
-    sqrt,
 )
 
 __all__ = ["NAdam", "nadam"]
@@ -55,7 +55,7 @@ __all__ = ["NAdam", "nadam"]
 class Slots(NamedTuple):
     """Kept for each parameter; the running means are of its shape and dtype."""
 
-    mu_product: Array  # pi: product of all momenta so far; float32 scalar
+    mu_product: Array  # pi: product of all momenta so far; scalar, float32 at least
     exp_avg: Array  # m: running mean of the gradients
     exp_avg_sq: Array  # v: running mean of their squares
 
@@ -78,9 +78,9 @@ class Scalars(NamedTuple):
 
 
 def init(param: Array, hyper: Any, flags: Any) -> Slots:
-    """Means of zero, an empty product."""
+    """Means start at zero, the product at one."""
     return Slots(
-        mu_product=jnp.ones((), jnp.float32),
+        mu_product=jnp.ones((), at_least_float32(param.real.dtype)),
         exp_avg=jnp.zeros_like(param),
         exp_avg_sq=jnp.zeros_like(param),
     )
@@ -108,19 +108,14 @@ def scalars(step: Any, hyper: Any) -> Scalars:
 
 def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any) -> tuple[Array, Slots]:
     """One step."""
-    if flags.weight_decay and flags.decoupled_weight_decay:
-        param = scalars.shrink * param
-    elif flags.weight_decay:
-        grad = grad + scalars.weight_decay * param
-    # Multiplied in float32 even where the parameter is float64, or it would not be PyTorch's product.
-    mu_product = jnp.float32(slots.mu_product) * jnp.float32(scalars.mu)
-    product = mu_product.astype(param.dtype)
+    param, grad = decay(param, grad, scalars, flags)
+    product = slots.mu_product * scalars.mu
     exp_avg = scalars.beta1 * slots.exp_avg + scalars.one_minus_beta1 * grad
     exp_avg_sq = scalars.beta2 * slots.exp_avg_sq + scalars.one_minus_beta2 * grad * grad
     denominator = sqrt(exp_avg_sq) / scalars.bias_correction2_sqrt + scalars.eps
     grad_size = scalars.lr * scalars.one_minus_mu / (1 - product)
     mean_size = scalars.lr * scalars.next_mu / (1 - product * scalars.next_mu)
-    return param - (grad_size * grad + mean_size * exp_avg) / denominator, Slots(mu_product, exp_avg, exp_avg_sq)
+    return param - (grad_size * grad + mean_size * exp_avg) / denominator, Slots(product, exp_avg, exp_avg_sq)
 
 
 class NAdam(Optimizer):

@@ -35,20 +35,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from optimjax.lift import factory
+from optimjax.numerics import bias_correction, decay, maximum, sqrt
 from optimjax.optimizer import Optimizer
-from optimjax.rule import (
-    Betas,
-    Capturable,
-    Decay,
-    Differentiable,
-    Epsilon,
-    Flag,
-    Foreach,
-    LearningRate,
-    Rule,
-    bias_correction,
-    sqrt,
-)
+from optimjax.rule import Betas, Capturable, Decay, Differentiable, Epsilon, Flag, Foreach, LearningRate, Rule
 
 __all__ = ["RAdam", "radam"]
 
@@ -86,7 +75,7 @@ def scalars(step: Any, hyper: Any) -> Scalars:
     rho, limit = length(step, beta2), 2 / (1 - beta2) - 1
     rectified = rho > 5
     # Up to 5, where the rectification is not used, that of 5 stands for it, which is finite.
-    rho, limit = (5 + (x > 5) * (x - 5) for x in (rho, limit))
+    rho, limit = maximum(rho, 5.0), maximum(limit, 5.0)
     rectification = ((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)) ** 0.5
     return Scalars(
         beta1=beta1,
@@ -127,10 +116,7 @@ def langevin(z: Any) -> Any:
 
 def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any) -> tuple[Array, Slots]:
     """One step."""
-    if flags.weight_decay and flags.decoupled_weight_decay:
-        param = scalars.shrink * param
-    elif flags.weight_decay:
-        grad = grad + scalars.weight_decay * param
+    param, grad = decay(param, grad, scalars, flags)
     exp_avg = scalars.beta1 * slots.exp_avg + scalars.one_minus_beta1 * grad
     exp_avg_sq = scalars.beta2 * slots.exp_avg_sq + scalars.one_minus_beta2 * grad * grad
     adaptive = scalars.rectification / (sqrt(exp_avg_sq) + scalars.eps)

@@ -34,6 +34,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from optimjax.lift import factory
+from optimjax.numerics import coupled_decay, sqrt
 from optimjax.optimizer import Optimizer
 from optimjax.rule import (
     Capturable,
@@ -46,7 +47,6 @@ from optimjax.rule import (
     NonNegative,
     Rule,
     Switch,
-    sqrt,
 )
 
 __all__ = ["RMSprop", "rmsprop"]
@@ -87,8 +87,7 @@ def scalars(step: Any, hyper: Any) -> Scalars:
 
 def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any) -> tuple[Array, Slots]:
     """One step."""
-    if flags.weight_decay:
-        grad = grad + scalars.weight_decay * param
+    grad = coupled_decay(param, grad, scalars, flags)
     square_avg = scalars.alpha * slots.square_avg + scalars.one_minus_alpha * grad * grad
     grad_avg, variance = slots.grad_avg, square_avg
     if grad_avg is not None:

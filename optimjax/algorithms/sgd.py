@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from optimjax.lift import factory
+from optimjax.numerics import coupled_decay, where
 from optimjax.optimizer import Optimizer
 from optimjax.rule import Decay, Differentiable, Flag, Foreach, Fused, LearningRate, Rule, Skippable, Switch
 
@@ -64,14 +65,13 @@ def init(param: Array, hyper: Any, flags: Any) -> Slots:
 
 
 def scalars(step: Any, hyper: Any) -> Scalars:
-    """The gain is written without a branch, for `step` may be traced."""
-    return Scalars(hyper.lr, hyper.momentum, 1 - hyper.dampening * (step > 1), hyper.weight_decay)
+    """The first gradient enters the buffer whole."""
+    return Scalars(hyper.lr, hyper.momentum, where(step > 1, 1 - hyper.dampening, 1.0), hyper.weight_decay)
 
 
 def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any) -> tuple[Array, Slots]:
     """One step."""
-    if flags.weight_decay:
-        grad = grad + scalars.weight_decay * param
+    grad = coupled_decay(param, grad, scalars, flags)
     buffer = slots.momentum_buffer
     if buffer is not None:
         buffer = scalars.momentum * buffer + (scalars.gain * grad if flags.dampening else grad)

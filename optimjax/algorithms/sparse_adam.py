@@ -30,8 +30,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from optimjax.lift import factory
+from optimjax.numerics import bias_correction, sqrt
 from optimjax.optimizer import Optimizer
-from optimjax.rule import Betas, Epsilon, Flag, LearningRate, Numeric, Rule, bias_correction, sqrt
+from optimjax.rule import Betas, Epsilon, Flag, LearningRate, Numeric, Rule
 from optimjax.sparse import is_sparse
 
 __all__ = ["SparseAdam", "sparse_adam"]
