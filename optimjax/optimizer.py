@@ -559,13 +559,14 @@ class Optimizer:
 
         Args:
           grads: by parameter, whatever is not ``None``.
-          together: one bucket, in the order of ``grads``.
+          together: one bucket, in the order of ``grads``; as it always is for a rule that takes all parameters at once.
         """
         resolved = [self._resolved(index) for index in range(len(self.param_groups))]
         hypers, flags = [hyper for hyper, _ in resolved], [flag for _, flag in resolved]
         sizes = [len(group["params"]) for group in self.param_groups]
         leaves, structure = jax.tree.flatten(list(grads.values()))  # a sparse gradient has two
         key = together, sizes, flags, self._parameters(), list(grads), structure, kinds(leaves)
+        together |= self._rule().takes == "all"
         plan = self._plan
         if plan is None or plan.key != key or not all(bucket.fits(self.state) for bucket in plan.buckets):
             members = self._members(grads, hypers, flags)

@@ -88,8 +88,9 @@ class Rule:
           slots alone. Only such a rule takes complex parameters, which are updated as two real halves, and sparse
           gradients.
         - ``"array"``: the whole array, for a norm or for factors along its axes.
-        - ``"alike"``: lists of the parameters, gradients, slots and scalars of all parameters of one shape, dtype and
-          flags, for matrix products of all of them at once; it returns two lists.
+        - ``"alike"``: lists of the parameters, gradients, slots and scalars of parameters of one shape, dtype and
+          flags, for matrix products of all of them at once; it returns two lists. The class divides long lists, so
+          results must not depend on which parameters are in one.
         - ``"all"``: lists of all parameters that have a gradient, whatever their shapes and dtypes, for a number that
           depends on all of them. Each has a dtype of its own; ``flags`` is a list, too.
       sparse: whether gradients are sparse (``jax.experimental.sparse.BCOO``). ``update`` then gets only the entries

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+# Before anything asks for a device: the tests of meshes have eight, all others run on the first.
+jax.config.update("jax_num_cpu_devices", 8)
+
 # Random sequences compile programs, so CI has few of them. These are what `--hypothesis-profile` may name.
 settings.register_profile("few", max_examples=5, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=150, deadline=None)

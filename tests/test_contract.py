@@ -472,7 +472,6 @@ def test_a_sparse_rule_with_a_count() -> None:
 
 
 # --- The class ------------------------------------------------------------------------------------------------------
-# Where a mark says "needs", the rest of the work is in that file.
 
 
 def of(example: Example, optimizer: optim.Optimizer) -> Any:
@@ -496,7 +495,6 @@ def test_class(example: Example) -> None:
     assert_is(example, *of(example, optimizer))
 
 
-@pytest.mark.xfail(strict=False, reason="needs one bucket for all parameters, and 64 alike ones: optimizer.py")
 def test_all_parameters_of_the_class_are_together() -> None:
     """However many there are."""
     params = {str(index): jnp.ones((1 + index % 2,)) for index in range(130)}
@@ -507,17 +505,17 @@ def test_all_parameters_of_the_class_are_together() -> None:
         np.testing.assert_allclose(value, 1 - 1 / (1 + norm), rtol=1e-5)
 
 
-@pytest.mark.xfail(strict=False, reason="needs tuple and integer slots in state_dict.py")
 @examples
 def test_saved_and_loaded(example: Example) -> None:
     saved = stepped(example, example.optimizer(example.arrays(0)), last=1)
     other = example.optimizer(saved.params)
     other.load_state_dict(pickle.loads(pickle.dumps(saved.state_dict())))
+    loaded, kept = (jax.tree.map(jnp.asarray, of(example, each)[1]) for each in (other, saved))
+    chex.assert_trees_all_equal(loaded, kept)
+    chex.assert_trees_all_equal_shapes_and_dtypes(loaded, kept)
     assert_is(example, *of(example, stepped(example, other, first=1)))
-    chex.assert_trees_all_equal_shapes_and_dtypes(of(example, other)[1], of(example, saved)[1])
 
 
-@pytest.mark.xfail(strict=False, reason="needs tuple slots in crossing.py")
 @examples
 def test_crossed(example: Example) -> None:
     """Into the functional form after one step, and back after the next."""

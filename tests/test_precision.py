@@ -143,7 +143,6 @@ def test_float8_parameters_move() -> None:
         assert all(np.all(np.isfinite(np.asarray(leaf, float))) for leaf in jax.tree.leaves(state)), case
 
 
-@pytest.mark.xfail(strict=False, reason="needs step.py, optimizer.py")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "complex64"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_class(case: Case, dtype: str) -> None:
