@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from optimjax.placement import place, sharding_of
 from optimjax.rule import Hyperparameters, Numeric, Rule, apply_each, initial_slots
 from optimjax.sparse import is_sparse
 from optimjax.tree import check_gradient, flatten_params, match, names
@@ -113,6 +114,8 @@ class Lifted:
         for index, leaf in enumerate(leaves):
             check_param(self.rule, leaf, flags, lambda index=index: _leaf_name(params, index), self.name)
         step = jnp.zeros((), jnp.int32)
+        # On the mesh, if there is one: otherwise the second update would compile again.
+        step = next((place(step, leaf) for leaf in leaves if sharding_of(leaf) is not None), step)
         hypers = _per_leaf(self.hyperparameters, self.values, columns, step, len(leaves))
         slots = [initial_slots(self.rule, param, hyper, flags) for param, hyper in zip(leaves, hypers, strict=True)]
         return self._packed(self._state_type(leaves, flags), step, treedef, slots)

@@ -1,12 +1,16 @@
 """Where arrays are, as far as that is more than one device, or another memory than a device's own."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
-__all__ = ["canonical", "pin", "pinned", "place", "sharding_of"]
+__all__ = ["automatic", "canonical", "explicit", "pin", "pinned", "place", "resharded", "sharding_of"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def sharding_of(x: Any) -> Sharding | None:
@@ -20,25 +24,44 @@ def sharding_of(x: Any) -> Sharding | None:
     return None if sharding.memory_kind in (None, device.default_memory().kind) else sharding
 
 
-def place(array: jax.Array, param: Any, present: Any = None) -> jax.Array:
-    """Put what is kept for a parameter where it belongs.
+def explicit(x: Any) -> NamedSharding | None:
+    """The sharding that is part of an array's type, also while it is traced, on a mesh with explicit axes."""
+    sharding = jax.typeof(x).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
-    It stays where somebody has placed it; else it goes where the present one is, or its parameter.
+
+def resharded(array: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    """The array with this sharding in its type."""
+    return array if sharding in (None, explicit(array)) else jax.sharding.reshard(array, sharding)
+
+
+def automatic(function: Callable[P, R], like: R) -> Callable[P, R]:
+    """The function, whose work the compiler distributes, also over explicit axes; its results are sharded like these.
+
+    With explicit axes each operation must say where its result lies, which not all can.
     """
-    if sharding_of(array) is not None:
-        return array
+    shardings = jax.tree.map(explicit, like)
+    if not jax.tree.leaves(shardings):
+        return function
+    spread: Any = jax.sharding.auto_axes(function, out_sharding=shardings)
+    return spread
+
+
+def place(array: jax.Array, param: Any, present: Any = None) -> jax.Array:
+    """Put what is kept for a parameter where the present one is; or else as the parameter is."""
+    if isinstance(param, Tracer):
+        return resharded(array, _along(array.shape, param, explicit(param)))
     sharding = sharding_of(present)
     if sharding is None or present.shape != array.shape:
-        sharding = _along(array.shape, param)
+        sharding = _along(array.shape, param, sharding_of(param))
     return array if sharding is None else jax.device_put(array, sharding)
 
 
-def _along(shape: tuple[int, ...], param: Any) -> Sharding | None:
+def _along(shape: tuple[int, ...], param: Any, sharding: Any) -> Any:
     """The parameter's sharding, for an array of this shape.
 
     Axes that both have are distributed alike; along others, it is whole on each device.
     """
-    sharding = sharding_of(param)
     if not isinstance(sharding, NamedSharding) or shape == param.shape:
         return sharding if shape == param.shape else None
     spec = [None] * len(shape)

@@ -24,6 +24,7 @@ from jax import Array
 from jax.core import Tracer
 
 from optimjax.numerics import at_least_float32, bias_correction, sqrt
+from optimjax.placement import automatic, explicit, place, resharded
 from optimjax.sparse import Entries, is_sparse
 
 __all__ = [
@@ -402,13 +403,14 @@ def initial_slots(rule: Rule, param: Array, hyper: Any, flags: Any) -> Any:
     """The slots before the first update, each an array of its own.
 
     A step updates slots in place, so none may be the parameter itself (an average that starts from it) or another slot.
+    On a mesh they are distributed as the parameter is.
     """
     seen = {id(param)}
 
     def own(slot: Array) -> Array:
         slot = jnp.copy(slot) if id(slot) in seen else slot
         seen.add(id(slot))
-        return slot
+        return place(slot, param)
 
     return jax.tree.map(own, rule.init(param, hyper, flags))
 
@@ -453,7 +455,8 @@ def apply(rule: Rule, flags: Any, param: Any, grad: Any, slots: Any, scalars: An
         if rule.takes == "alike":
             flags = flags[0]
     elif is_sparse(grad):
-        return _apply_to_entries(rule, flags, param, grad, slots, scalars)
+        to_entries = functools.partial(_apply_to_entries, rule, flags)
+        return automatic(to_entries, (param, slots))(param, grad, slots, scalars)
     elif rule.takes == "element" and jnp.iscomplexobj(param):
         return _apply_to_halves(rule, flags, param, grad, slots, scalars)
     else:
@@ -478,10 +481,10 @@ def _widened(flags: Any, param: Array, grad: Array, slots: Any, scalars: Any) ->
 
 
 def _restored(new: Any, old: Array) -> Array:
-    """A result in the dtype of what it replaces."""
+    """A result in the dtype of what it replaces and, where that is part of its type, with its sharding."""
     if np.shape(new) != old.shape:
         raise ValueError(f"update has returned an array of shape {np.shape(new)} for one of shape {old.shape}")
-    return jnp.asarray(new).astype(old.dtype)
+    return resharded(jnp.asarray(new).astype(old.dtype), explicit(old))
 
 
 def _apply_to_halves(rule: Rule, flags: Any, param: Array, grad: Array, slots: Any, scalars: Any) -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from optimjax.parameter import Parameter
-from optimjax.placement import place
+from optimjax.placement import place, sharding_of
 from optimjax.step import ParameterState
 from optimjax.tree import from_tensor
 
@@ -302,7 +302,7 @@ def read_slot(value: Any, type_: Any, param: jax.Array, where: str, present: Any
       ValueError: it is of another structure, shape or kind, or was deleted.
     """
     if type_ is None:  # PyTorch may have saved it under other flags
-        return place(slot_array(value, param.dtype, where), param, present)
+        return _placed(slot_array(value, param.dtype, where), value, param, present)
     types, structure = jax.tree.flatten(type_)
     if jax.tree_util.treedef_is_leaf(structure):
         return _read_array(value, type_, param, where, present)
@@ -330,7 +330,12 @@ def _read_array(value: Any, type_: Any, param: jax.Array, where: str, present: A
     array = slot_array(value, type_.dtype, where)
     if array.shape != type_.shape:
         raise _ShapeError(f"{where} has shape {array.shape}, expected {type_.shape}")
-    return place(array, param, present)
+    return _placed(array, value, param, present)
+
+
+def _placed(array: jax.Array, given: Any, param: Any, present: Any = None) -> jax.Array:
+    """What was given stays where somebody has placed it; else it goes where the present one is, or its parameter."""
+    return array if sharding_of(given) is not None else place(array, param, present)
 
 
 def as_count(value: Any, where: str) -> int:
@@ -385,14 +390,14 @@ def _kind(dtype: Any) -> Any:
 
 def _array(value: Any, box: Parameter | None = None) -> Any:
     """A JAX array in place of one of PyTorch or NumPy, whose own dtype JAX keeps; anything else as it is."""
-    value = _present(from_tensor(value))
+    given = value = _present(from_tensor(value))
     if isinstance(value, np.ndarray):
         try:
             array = jnp.array(value)
         except TypeError:  # of strings, objects, ...
             return _own(value)
         value = array if array.dtype == value.dtype else _own(value)
-    return place(value, box.value) if isinstance(value, jax.Array) and box is not None else value
+    return _placed(value, given, box.value) if isinstance(value, jax.Array) and box is not None else value
 
 
 def _present(value: Any) -> Any:

@@ -126,6 +126,7 @@ with ocp.PyTreeCheckpointer() as checkpointer:
 
 # The functional core, in a jit of one's own.
 adam = F.adamw(lr=0.1)
+ours = spread(WHOLE)  # those of the beginning are gone: an optimizer that donates has had them
 params, state = ours, adam.init(ours)
 update = jax.jit(lambda params, state, x: adam.update(params, jax.grad(loss_fn)(params, x), state))
 for _ in range(2):

@@ -50,6 +50,7 @@ from jax import Array
 from optimjax.lift import factory
 from optimjax.numerics import at_least_float32, sqrt
 from optimjax.optimizer import Optimizer
+from optimjax.placement import automatic
 from optimjax.rule import Epsilon, Flag, LearningRate, NonNegative, Number, Numeric, Rule, Structural
 
 __all__ = ["Muon", "muon"]
@@ -214,11 +215,7 @@ def together(arrays: list[Array], scalars: list[Scalars], layout: Layout, steps:
     for start in range(0, len(arrays), count):
         part = slice(start, start + count)
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(arrays[part], scalars[part], strict=True))
-        each: Any = jax.vmap(one)
-        sharding = jax.typeof(stacked[0]).sharding
-        if not sharding.mesh.empty:  # its axes may be explicit: the compiler shards the products all the same
-            each = jax.sharding.auto_axes(each, out_sharding=sharding)
-        yield from each(*stacked)
+        yield from automatic(jax.vmap(one), stacked[0])(*stacked)
 
 
 def init(param: Array, hyper: Any, flags: Any) -> Slots:
