@@ -225,10 +225,8 @@ class Handover:
         """
         if self._pending is not None:
             if length_hint(self._pending) == self._count:
-                for (
-                    _
-                ) in self._pending:  # the handler of a signal has come first: nothing runs, and the step plans again
-                    pass
+                # The handler of a signal has come first: emptied, it runs nothing, and the step plans again.
+                deque(self._pending, 0)
             elif len(self._results) < self._count:
                 raise RuntimeError(
                     "the optimizer is in the middle of a step, which is just updating what it keeps: look at it before "
@@ -240,9 +238,10 @@ class Handover:
     def _settle(self) -> None:
         """Write results back; once more, where an interrupt has ended the first attempt."""
         while results := self._results:
-            assert self._commit is not None
+            if (commit := self._commit) is None:
+                continue  # the handler of a signal has just done it
             try:
-                remaining = self._commit(results)
+                remaining = commit(results)
             except Exception:  # what raises here, such as a hook of a variable, would raise each time
                 self._results = []
                 raise

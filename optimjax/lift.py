@@ -7,6 +7,7 @@ numbers, arrays, tracers, schedules or trees of these, resolved here for each le
 import functools
 import inspect
 import re
+import reprlib
 from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec
@@ -52,6 +53,56 @@ class Algorithm(NamedTuple):
     init: Callable[..., Any]
     update: Callable[..., tuple[Any, Any]]
 
+    def __repr__(self) -> str:
+        owner = getattr(self.init, "__self__", None)
+        return repr(owner) if isinstance(owner, Bound) else f"Algorithm(init={self.init!r}, update={self.update!r})"
+
+
+class Bound:
+    """An algorithm with its hyperparameters; a subclass has the two functions as its methods.
+
+    Attributes:
+      name: of the algorithm's class.
+      hyperparameters: their kinds.
+      values: their values by name, each for all parameters or a tree.
+      usual: returns the values without any arguments.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        hyperparameters: Hyperparameters,
+        values: Mapping[str, Any],
+        usual: Callable[[], Mapping[str, Any]],
+    ):
+        self.name, self.hyperparameters, self.values, self.usual = name, hyperparameters, values, usual
+
+    def __repr__(self) -> str:
+        """The call that makes it, with what differs from the defaults."""
+        defaults = self.usual()
+        given = (
+            f"{name}={_short.repr(value)}"
+            for name, value in self.values.items()
+            if name not in defaults or not _is_same(value, defaults[name])
+        )
+        return f"{_function_name(self.name)}({', '.join(given)})"
+
+
+_short = reprlib.Repr()  # because values may be trees
+_short.maxother = _short.maxstring = 120
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two plain values are equal; arrays, trees and schedules are only where they are the same."""
+    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
+        return all(map(_is_same, a, b))
+    return a is b or (isinstance(a, (bool, int, float, str)) and isinstance(b, (bool, int, float, str)) and a == b)
+
+
+def _function_name(class_name: str) -> str:
+    """The name of the functional form: words are divided where a capital begins one (sparse_adam, but adamw)."""
+    return re.sub("(?<=[a-z])(?=[A-Z][a-z])", "_", class_name).lower()
+
 
 def factory(cls: "Callable[Concatenate[Any, P], Optimizer]") -> Callable[P, Algorithm]:
     """The functional face of an optimizer class: the same keywords, without ``params``.
@@ -68,14 +119,12 @@ def factory(cls: "Callable[Concatenate[Any, P], Optimizer]") -> Callable[P, Algo
         defaults = optimizer_class._defaults_of(*args, **kwargs)
         return optimizer_class._algorithm(defaults)
 
-    # Words are divided where a capital begins one: sparse_adam, but adamw, rmsprop.
-    words = re.sub("(?<=[a-z])(?=[A-Z][a-z])", "_", optimizer_class.__name__)
-    make.__name__ = make.__qualname__ = words.lower()
+    make.__name__ = make.__qualname__ = _function_name(optimizer_class.__name__)
     make.__module__ = optimizer_class.__module__
     make.__doc__ = (
         f"A pure :class:`optimjax.functional.Algorithm` with the arithmetic and the keywords of "
         f":class:`{optimizer_class.__name__}`.\n\nEach number may also be an array, a tracer, a schedule "
-        f"``count -> value``, or a tree of these that is a prefix of ``params``.\n"
+        f"``count -> value``, or a tree of these that is a prefix of ``params``.\n{_arguments(optimizer_class)}"
     )
     signature = inspect.signature(optimizer_class)
     make.__signature__ = signature.replace(  # pyright: ignore[reportFunctionMemberAccess]
@@ -84,24 +133,44 @@ def factory(cls: "Callable[Concatenate[Any, P], Optimizer]") -> Callable[P, Algo
     return make
 
 
-def lift(rule: Rule, hyperparameters: Hyperparameters, values: Mapping[str, Any], name: str) -> Algorithm:
-    """The algorithm that applies ``rule`` with these hyperparameters to every leaf of a tree."""
-    lifted = Lifted(rule, hyperparameters, values, name)
+def _arguments(optimizer_class: type) -> str:
+    """The section of the class's documentation that says what the hyperparameters are."""
+    section = re.search(r"^Args:\n((?: .*\n?)+)", inspect.getdoc(optimizer_class) or "", re.MULTILINE)
+    if section is None:
+        return ""
+    entries = re.split(r"^(?=  \S)", section[1], flags=re.MULTILINE)
+    return "\nArgs:\n" + "".join(entry for entry in entries if not entry.startswith("  params:"))
+
+
+def lift(
+    rule: Rule,
+    hyperparameters: Hyperparameters,
+    values: Mapping[str, Any],
+    name: str,
+    usual: Callable[[], Mapping[str, Any]] = dict,
+) -> Algorithm:
+    """The algorithm that applies ``rule`` with these hyperparameters to every leaf of a tree; see :class:`Bound`."""
+    lifted = Lifted(rule, hyperparameters, values, name, usual)
     return Algorithm(lifted.init, lifted.update)
 
 
-class Lifted:
+class Lifted(Bound):
     """A rule with hyperparameters, over trees: its two methods are those of an :class:`Algorithm`.
 
     Attributes:
       rule: the arithmetic for one parameter.
-      hyperparameters: their kinds.
-      values: their values by name, each for all parameters or a tree.
-      name: of the algorithm.
     """
 
-    def __init__(self, rule: Rule, hyperparameters: Hyperparameters, values: Mapping[str, Any], name: str):
-        self.rule, self.hyperparameters, self.values, self.name = rule, hyperparameters, values, name
+    def __init__(
+        self,
+        rule: Rule,
+        hyperparameters: Hyperparameters,
+        values: Mapping[str, Any],
+        name: str,
+        usual: Callable[[], Mapping[str, Any]],
+    ):
+        super().__init__(name, hyperparameters, values, usual)
+        self.rule = rule
         for key, value in values.items():
             _check(hyperparameters, key, value)
         self._check_together({})
@@ -130,6 +199,8 @@ class Lifted:
         state_type = self._state_type(leaves, flags)
         if overrides and state_type is not self._state_type(leaves, self._own_flags(params)):
             raise ValueError(f"{overrides} would change which arrays the state has; set it where {self.name} is made")
+        if isinstance(grads, state_type):
+            raise TypeError(f"the order is update(params, grads, state), but grads is {type(grads).__name__}: a state")
         grad_leaves = match(treedef, grads, lambda: names(params))
         slots = self._unpacked(state_type, treedef, state)
         present = [index for index, grad in enumerate(grad_leaves) if grad is not None]
@@ -184,9 +255,12 @@ class Lifted:
     def _unpacked(self, state_type: Any, treedef: Any, state: Any) -> list[Any]:
         """The slots of each parameter."""
         if not isinstance(state, state_type):
+            plain = type(state) in (tuple, list) and len(state) == len(state_type._fields)
             raise TypeError(
                 f"state must be the {state_type.__name__}{state_type._fields} that this algorithm's init returns, got "
                 f"{type(state).__name__}{getattr(state, '_fields', '')}"
+                + plain
+                * "; one that was loaded as plain data becomes it by type(algorithm.init(params))(*state)"
             )
         columns = {field: treedef.flatten_up_to(getattr(state, field)) for field in state_type._fields[1:]}
         absent = dict.fromkeys(self.rule.slots._fields)

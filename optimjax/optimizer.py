@@ -173,9 +173,17 @@ class Optimizer:
         return optimizer.defaults
 
     @classmethod
+    def _usual(cls) -> dict[str, Any]:
+        """What the constructor makes of no hyperparameters; nothing where it needs some."""
+        try:
+            return cls._defaults_of()
+        except TypeError:
+            return {}
+
+    @classmethod
     def _algorithm(cls, values: Mapping[str, Any]) -> Algorithm:
         """The functional face, with the hyperparameters ``values``."""
-        return lift(cls._rule(), cls.hyperparameters, values, cls.__name__)
+        return lift(cls._rule(), cls.hyperparameters, values, cls.__name__, cls._usual)
 
     # --- groups ---
 

@@ -258,7 +258,8 @@ def true_or_false(name: str, value: Any) -> None:
 
 # What a numeric hyperparameter may be. The facade takes numbers and arrays only; the functional core also takes
 # schedules and trees of these.
-_Value = float | Array | np.ndarray | np.generic | Callable[[Any], Any] | Mapping[Any, Any] | Sequence[Any]
+_Tree = Mapping[Any, Any] | list[Any] | tuple[Any, ...]  # not Sequence, which a string is
+_Value = float | Array | np.ndarray | np.generic | Callable[[Any], Any] | _Tree
 
 Number = Annotated[_Value, Numeric()]
 NonNegative = Annotated[_Value, Numeric(minimum=0)]

@@ -87,6 +87,14 @@ def _real(number: Any) -> Any:
     return number.astype(jnp.result_type(float)) if isinstance(number, jax.Array) else number
 
 
+def _passed(milestones: Any, count: Any) -> Any:
+    """How many of the milestones, which ascend, lie at the count or before it; compared in one dtype."""
+    if isinstance(count, jax.Array):
+        count = _real(count) if jnp.issubdtype(milestones.dtype, jnp.floating) else count
+        milestones = jnp.asarray(milestones, count.dtype)
+    return _functions(count).searchsorted(milestones, count, side="right")
+
+
 class _Made:
     """A schedule that shows what it was made from, and is copied and pickled by it."""
 
@@ -180,7 +188,7 @@ def multi_step(value: Value, milestones: Iterable[int], gamma: float = 0.1) -> S
     [1.0, 0.5, 0.5, 0.25, 0.25]
     """
     value, ordered = _real(value), np.sort(np.asarray(list(milestones)))
-    return lambda count: value * gamma ** _real(_functions(count).searchsorted(ordered, count, side="right"))
+    return lambda count: value * gamma ** _real(_passed(ordered, count))
 
 
 @_shown
@@ -255,8 +263,8 @@ def cosine_annealing_warm_restarts(value: Value, T_0: int, T_mult: int = 1, eta_
         if T_mult == 1:
             since, length = count % T_0, T_0
         else:
-            cycle = xp.searchsorted(starts, count, side="right") - 1
-            since, length = count - xp.asarray(starts)[cycle], xp.asarray(lengths)[cycle]
+            cycle = _passed(starts, count) - 1
+            since, length = _real(count) - _real(xp.asarray(starts))[cycle], xp.asarray(lengths)[cycle]
         return eta_min + (value - eta_min) * (1 + xp.cos(math.pi * _real(since) / length)) / 2
 
     return schedule

@@ -110,6 +110,13 @@ def match(treedef: Any, grads: Any, names: Callable[[], Sequence[str]]) -> list[
     except ValueError as error:
         # None is a leaf here: a missing gradient is no difference of structure.
         paths = jax.tree_util.tree_flatten_with_path(grads, is_leaf=lambda x: x is None or is_sparse(x))[0]
+        for path, leaf in paths:
+            below = [name for name in names() if not path or name.startswith(f"{dotted(path)}.")]
+            if leaf is None and below:
+                raise ValueError(
+                    f"None stands for the gradient of one parameter, but {dotted(path) or 'grads'!r} is that of "
+                    f"{below[:3]}: give a tree of None"
+                ) from None
         raise structure_error(names(), [dotted(path) for path, _ in paths], str(error)) from None
 
 

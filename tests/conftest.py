@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+collect_ignore = ["two_processes.py"]  # a program, not a module
+
 # Before anything asks for a device: the tests of meshes have eight, all others run on the first.
 jax.config.update("jax_num_cpu_devices", 8)
 

@@ -89,8 +89,8 @@ class Sequence(RuleBasedStateMachine):
         self.schedulers: Any = None
 
     def teardown(self) -> None:
-        self.compare_state()
-        self.exits.close()
+        with self.exits:  # left also where they differ
+            self.compare_state()
 
     # --- the two runs ---
 
@@ -171,12 +171,6 @@ class Sequence(RuleBasedStateMachine):
     def their_loss(self, weights: list[float]) -> Any:
         terms = zip(self.tensors, weights, strict=True)
         return sum((weight * tensor**2 / 2 + self.torch.sin(tensor)).sum() for tensor, weight in terms)
-
-    def load_theirs(self, saved: Any) -> None:
-        """Loading in PyTorch casts all state to the parameter's dtype; a new state has some in float32."""
-        self.theirs.load_state_dict(saved)
-        for entry in self.theirs.state.values():
-            entry.update({name: entry[name].float() for name in self.case.scalar_slots if name in entry})
 
     @property
     def trainable(self) -> list[Any]:
@@ -296,7 +290,7 @@ class Sequence(RuleBasedStateMachine):
         ours, theirs, groups = self.saved
         if groups == len(self.added):
             self.ours.load_state_dict(ours)
-            self.load_theirs(copy.deepcopy(theirs))
+            self.theirs.load_state_dict(copy.deepcopy(theirs))
         else:
             for optimizer, saved in ((self.ours, ours), (self.theirs, theirs)):
                 with pytest.raises(ValueError, match="different number of parameter groups"):
@@ -309,7 +303,7 @@ class Sequence(RuleBasedStateMachine):
         frozen, grads = [box.requires_grad for box in self.boxes], [box.grad for box in self.boxes]
         self.ours, self.theirs = self.build_ours(self.boxes), self.build_theirs()
         self.ours.load_state_dict(saved[0])
-        self.load_theirs(saved[1])
+        self.theirs.load_state_dict(saved[1])
         for box, requires_grad, grad in zip(self.boxes, frozen, grads, strict=True):  # of a tree the boxes are new
             box.requires_grad, box.grad = requires_grad, grad
         self.schedulers = None

@@ -1,7 +1,9 @@
 """The functional core under JAX's transformations: hyperparameters of every form, errors, state as data."""
 
 import copy
+import inspect
 import pickle
+import re
 from typing import Any
 
 import chex
@@ -9,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, Case
+from cases import CASES, EVERY, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import optimjax as optim
 from optimjax import functional as F
+from optimjax import schedules
 
 variants = pytest.mark.parametrize(
     ("case", "options"),
@@ -347,3 +351,56 @@ def test_state_that_does_not_belong_to_the_parameters() -> None:
     adam = F.adam()
     with pytest.raises(ValueError, match=r"head|base"):
         adam.update(PARAMS, PARAMS, adam.init(PARAMS["base"]))
+
+
+# --- What people see ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "shown"),
+    [
+        (F.adam(), "adam()"),
+        (F.adam(1e-3, betas=(0.9, 0.999)), "adam()"),  # the defaults
+        (F.adam(lr=0.1), "adam(lr=0.1)"),
+        (F.adamw(betas=(0.8, 0.9), maximize=True), "adamw(betas=(0.8, 0.9), maximize=True)"),
+        (F.sparse_adam(lr={"a": 0.1, "b": [0.2]}), "sparse_adam(lr={'a': 0.1, 'b': [0.2]})"),
+        (F.sgd(lr=schedules.step(0.1, step_size=3)), "sgd(lr=step(0.1, step_size=3))"),
+        (F.lbfgs(max_iter=40), "lbfgs(max_iter=40, max_eval=50)"),
+        (optim.SGD([jnp.ones(1)], momentum=0.9).algorithm, "sgd(momentum=0.9)"),
+        (F.Algorithm(len, max), f"Algorithm(init={len}, update={max})"),
+    ],
+    ids=str,
+)
+def test_an_algorithm_is_shown_as_the_call_that_makes_it(algorithm: F.Algorithm, shown: str) -> None:
+    assert repr(algorithm) == shown
+
+
+@pytest.mark.parametrize("case", EVERY, ids=str)
+def test_help_says_what_the_arguments_are(case: Case) -> None:
+    _, arguments = case.factory.__doc__.split("\nArgs:\n")
+    documented = {name for line in re.findall(r"^  (\S.*?):", arguments, re.MULTILINE) for name in line.split(", ")}
+    assert documented == set(inspect.signature(case.factory).parameters)
+
+
+def test_arguments_in_the_order_of_optax() -> None:
+    params = {"w": jnp.ones(2)}
+    for algorithm, more in ((F.adam(), {}), (F.lbfgs(), {"loss_fn": lambda params: jnp.sum(params["w"])})):
+        with pytest.raises(TypeError, match=r"the order is update\(params, grads, state\), but grads is .*State"):
+            algorithm.update(params, algorithm.init(params), params, **more)
+
+
+def test_a_state_that_was_loaded_as_plain_data() -> None:
+    params, adam = {"w": jnp.ones(2)}, F.adam()
+    state = adam.init(params)
+    with pytest.raises(TypeError, match=r"got tuple; .* type\(algorithm.init\(params\)\)\(\*state\)"):
+        adam.update(params, params, tuple(state))
+    adam.update(params, params, type(adam.init(params))(*tuple(state)))
+
+
+@pytest.mark.parametrize(
+    ("grads", "where"), [(None, "'grads' is that of ['a.v', 'a.w', 'b']"), ({"a": None, "b": 1.0}, "'a' is that of")]
+)
+def test_none_in_place_of_a_tree_of_gradients(grads: Any, where: str) -> None:
+    params = {"a": {"v": jnp.ones(()), "w": jnp.ones(())}, "b": jnp.ones(())}
+    with pytest.raises(ValueError, match=re.escape(where)):
+        F.sgd().update(params, grads, F.sgd().init(params))

@@ -235,7 +235,7 @@ def test_a_handler_of_a_signal_may_save_the_state() -> None:
     saved = []
     before = signal.signal(signal.SIGINT, lambda *_: saved.append(contents(optimizer)))
     try:
-        for line in range(0, 700, 7):
+        for line in range(700):
             by_loss(optimizer)
             left = iter(range(line, -1, -1))
             with interrupted(lambda left=left: next(left, None) == 0):

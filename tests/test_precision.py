@@ -121,6 +121,17 @@ def test_schedules(make: Callable[[Any], Any]) -> None:
         assert jax.eval_shape(jax.vmap(schedule), jnp.arange(3)).dtype == jnp.float32
 
 
+@pytest.mark.parametrize(
+    "make", [MADE[name] for name in MADE if name != "lambda"], ids=[name for name in MADE if name != "lambda"]
+)
+def test_schedules_in_double_precision(make: Callable[[Any], Any], x64: None) -> None:
+    for base in (0.1, jnp.float64(0.1), 1):
+        for count in (jnp.int32(3), jnp.arange(5), jnp.arange(5, dtype="int32")):
+            value = make(base)(count)
+            assert value.shape == count.shape
+            assert value.dtype == jnp.float64
+
+
 def test_reduce_on_plateau() -> None:
     plateau = schedules.reduce_on_plateau(1.0, patience=0)
     state = plateau.init()

@@ -35,6 +35,16 @@ BASE = 0.1
 EXACT = dict(rtol=2e-13, atol=1e-16)  # PyTorch's schedulers go by recursion
 
 
+def by_the_rules_of_users(function: Any) -> Any:
+    """A user's function of a count, which is an integer, may promote it."""
+
+    def wrapped(count: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return function(count)
+
+    return wrapped
+
+
 def schedule_of(case: Any, base: float = BASE) -> Any:
     """The schedule of the same arguments."""
     name, arguments = CASES[case] if isinstance(case, str) else case
@@ -46,6 +56,8 @@ def schedule_of(case: Any, base: float = BASE) -> Any:
         first, *others = arguments["schedulers"]
         return schedules.product(schedule_of(first, base), *(schedule_of(each, 1.0) for each in others))
     arguments = {name: value for name, value in arguments.items() if name not in FACADE_ONLY}
+    if "lr_lambda" in arguments:
+        arguments["lr_lambda"] = by_the_rules_of_users(arguments["lr_lambda"])
     if name in ("CyclicLR", "OneCycleLR"):
         base = arguments.pop("base_lr" if name == "CyclicLR" else "max_lr")
     return getattr(schedules, NAMES[name])(base, **arguments)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import optimjax as optim
 from optimjax import functional as F
 
 
@@ -231,3 +232,18 @@ def test_a_schedule_is_evaluated_once_for_all_parameters() -> None:
     counts.clear()
     sgd.update(params, params, state)
     assert len(counts) == 1
+
+
+@nodes
+def test_the_functional_form_of_groups(node: Callable[[Any, Any], Any]) -> None:
+    """Where the groups differ it has trees of values, with the nodes of the parameters."""
+    params = node(one(1.0), one(2.0))
+    first, second = (name for name, _ in optim.group_parameters(params, [])[0]["params"])
+    groups = optim.group_parameters(params, [{"params": first, "weight_decay": 0.0}, {"params": second, "lr": 0.5}])
+    optimizer = optim.AdamW(groups, lr=0.1, weight_decay=0.5)
+    algorithm = optimizer.algorithm
+    ours, state = optimizer.functional_state()
+    optimizer.step(params)
+    new, _ = algorithm.update(ours, params, state)
+    chex.assert_trees_all_close(jax.tree.leaves(new), jax.tree.leaves(optimizer.params), rtol=1e-6)
+    np.testing.assert_allclose(jax.tree.leaves(new), [one(0.9), one(1.0)], rtol=1e-6)

@@ -62,7 +62,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from optimjax.handover import Call, Launch, kinds
 from optimjax.interned import interned
-from optimjax.lift import Algorithm, check_overrides, factory
+from optimjax.lift import Algorithm, Bound, check_overrides, factory
 from optimjax.line_search import Point, strong_wolfe
 from optimjax.loss import Cut, takes_no_arguments, value_and_grad
 from optimjax.optimizer import Optimizer
@@ -302,24 +302,24 @@ def gradient(layout: Layout, grads: Sequence[Array]) -> Array:
 # --- The functional face ----------------------------------------------------------------------------------------------
 
 
-def algorithm(hyperparameters: Any, values: Mapping[str, Any]) -> Algorithm:
-    """The algorithm with these hyperparameters over a pytree."""
-    hyperparameters.check(values, None)
-    history_size, line_search_fn = values["history_size"], values["line_search_fn"]
+class _Minimizer(Bound):
+    """LBFGS with hyperparameters, over trees: its two methods are those of an :class:`Algorithm`."""
 
-    def initial(params: Any) -> LBFGSState:
+    def init(self, params: Any) -> LBFGSState:
         """The state before the first update."""
-        return init(Layout.of(flatten_params(params)[0]), history_size)
+        return init(Layout.of(flatten_params(params)[0]), self.values["history_size"])
 
     def update(
-        params: Any, grads: Any, state: LBFGSState, *, loss_fn: Callable[[Any], Array], **overrides: Any
+        self, params: Any, grads: Any, state: LBFGSState, *, loss_fn: Callable[[Any], Array], **overrides: Any
     ) -> tuple[Any, LBFGSState]:
         """Up to ``max_iter`` iterations."""
         leaves, treedef = flatten_params(params)
-        check_overrides(hyperparameters, overrides)
-        now = {**values, **overrides}
-        hyperparameters.check(now, None)
-        layout = Layout.of(leaves)
+        check_overrides(self.hyperparameters, overrides)
+        values = {**self.values, **overrides}
+        self.hyperparameters.check(values, None)
+        layout, history_size = Layout.of(leaves), values["history_size"]
+        if isinstance(grads, LBFGSState):
+            raise TypeError("the order is update(params, grads, state), but grads is LBFGSState: a state")
         if not isinstance(state, LBFGSState) or np.shape(state.old_dirs) != (history_size, layout.size):
             raise TypeError(
                 "state must be the LBFGSState that init returns for these parameters and "
@@ -339,15 +339,13 @@ def algorithm(hyperparameters: Any, values: Mapping[str, Any]) -> Algorithm:
                     check_gradient(lambda index=index: names(params)[index] or "params", leaf, one)
             given = [jnp.zeros_like(p) if g is None else jnp.asarray(g) for p, g in zip(leaves, given, strict=True)]
             loss, grad = loss_fn(params), gradient(layout, given)
-        kinds: Any = hyperparameters.kinds
-        scalars = Scalars(*[kinds[name].resolve(now[name], state.step) for name in Scalars._fields])
+        kinds: Any = self.hyperparameters.kinds
+        scalars = Scalars(*[kinds[name].resolve(values[name], state.step) for name in Scalars._fields])
         state, x, _ = minimize(
             lambda x, _: (*evaluate(layout.unflatten(x)), None),
-            layout.rounded, line_search_fn, state, layout.flatten(leaves), loss, grad, None, scalars,
+            layout.rounded, values["line_search_fn"], state, layout.flatten(leaves), loss, grad, None, scalars,
         )  # fmt: skip
         return treedef.unflatten(map(_placed_like, leaves, layout.unflatten(x))), state
-
-    return Algorithm(initial, update)
 
 
 # --- The facade -------------------------------------------------------------------------------------------------------
@@ -544,7 +542,9 @@ class LBFGS(Optimizer):
 
     @classmethod
     def _algorithm(cls, values: Mapping[str, Any]) -> Algorithm:
-        return algorithm(cls.hyperparameters, values)
+        cls.hyperparameters.check(values, None)
+        minimizer = _Minimizer(cls.__name__, cls.hyperparameters, values, cls._usual)
+        return Algorithm(minimizer.init, minimizer.update)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add the one group of parameters; the constructor does so.
