@@ -124,7 +124,7 @@ def factory(cls: "Callable[Concatenate[Any, P], Optimizer]") -> Callable[P, Algo
     make.__doc__ = (
         f"A pure :class:`optimjax.functional.Algorithm` with the arithmetic and the keywords of "
         f":class:`{optimizer_class.__name__}`.\n\nEach number may also be an array, a tracer, a schedule "
-        f"``count -> value``, or a tree of these that is a prefix of ``params``.\n{_arguments(optimizer_class)}"
+        f"``count -> value``, or a tree of these that is a prefix of ``params``.\n{arguments_of(optimizer_class)}"
     )
     signature = inspect.signature(optimizer_class)
     make.__signature__ = signature.replace(  # pyright: ignore[reportFunctionMemberAccess]
@@ -133,8 +133,8 @@ def factory(cls: "Callable[Concatenate[Any, P], Optimizer]") -> Callable[P, Algo
     return make
 
 
-def _arguments(optimizer_class: type) -> str:
-    """The section of the class's documentation that says what the hyperparameters are."""
+def arguments_of(optimizer_class: type) -> str:
+    """The section of the class's documentation that says what the hyperparameters are, for that of its function."""
     section = re.search(r"^Args:\n((?: .*\n?)+)", inspect.getdoc(optimizer_class) or "", re.MULTILINE)
     if section is None:
         return ""

@@ -234,7 +234,7 @@ def test_a_schedule_is_evaluated_once_for_all_parameters() -> None:
     assert len(counts) == 1
 
 
-@nodes
+@pytest.mark.parametrize("node", [NODES[name] for name in NODES if name != "nnx.Variable"])  # which have no names
 def test_the_functional_form_of_groups(node: Callable[[Any, Any], Any]) -> None:
     """Where the groups differ it has trees of values, with the nodes of the parameters."""
     params = node(one(1.0), one(2.0))

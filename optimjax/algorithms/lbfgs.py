@@ -62,7 +62,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from optimjax.handover import Call, Launch, kinds
 from optimjax.interned import interned
-from optimjax.lift import Algorithm, Bound, check_overrides, factory
+from optimjax.lift import Algorithm, Bound, arguments_of, check_overrides, factory
 from optimjax.line_search import Point, strong_wolfe
 from optimjax.loss import Cut, takes_no_arguments, value_and_grad
 from optimjax.optimizer import Optimizer
@@ -682,3 +682,4 @@ Each number may also be an array, a tracer or a schedule ``count -> value`` of t
 vector for all parameters. Compile it, or the loops are compiled at each call:
 ``jax.jit(lambda params, state: algorithm.update(params, None, state, loss_fn=loss_fn))``.
 """
+lbfgs.__doc__ += arguments_of(LBFGS)
