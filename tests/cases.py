@@ -26,6 +26,7 @@ class Bad:
     options: Mapping[str, Any]
     message: str  # PyTorch's, to the letter
     added: str = ""  # what our message says after it
+    since: tuple[int, int] = (2, 13)  # the version of PyTorch that refuses them first
 
 
 @dataclass(frozen=True)
@@ -455,7 +456,13 @@ ASGD = Case(
         "weight_decay": (0, 0.1),
         "maximize": (False, True),
     },
-    bad=(*LEARNING_RATE, NOT_A_NUMBER, WEIGHT_DECAY),
+    bad=(
+        *LEARNING_RATE,
+        NOT_A_NUMBER,
+        WEIGHT_DECAY,
+        Bad({"lambd": -0.1}, "Invalid lambd value: -0.1", since=(2, 15)),
+        Bad({"alpha": -0.1}, "Invalid alpha value: -0.1", since=(2, 15)),
+    ),
     other={"lr": 0.1, "lambd": 0.5, "alpha": 2.0, "t0": 1.0, "weight_decay": 0.1, "maximize": True},
     needs={"alpha": {"lambd": 2.0}},
     ignored={"foreach": True, "differentiable": True, "capturable": True},

@@ -154,6 +154,22 @@ def test_what_is_multiplied_is_of_the_precision(x64: None, ns_dtype: Any, dtype:
     assert operands == [(multiplied, multiplied)] * 3
 
 
+def test_the_buffer_of_a_bfloat16_parameter_is_the_momentum_alone(torch: Any, rounding: Callable[[bool], None]) -> None:
+    """PyTorch normalises it in place, without Nesterov, until pytorch#194664."""
+    rounding(True)
+    grad = np.full((2, 2), 8.0)
+    optimizer = optim.Muon([jnp.zeros((2, 2), jnp.bfloat16)], nesterov=False, momentum=0.5)
+    theirs = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.bfloat16))
+    reference = torch.optim.Muon([theirs], nesterov=False, momentum=0.5)
+    theirs.grad = torch.tensor(grad, dtype=torch.bfloat16)
+    optimizer.step([jnp.asarray(grad, jnp.bfloat16)])
+    reference.step()
+    np.testing.assert_array_equal(optimizer.state_dict()["state"][0]["momentum_buffer"], grad / 2)
+    mended = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)
+    buffer = reference.state[theirs]["momentum_buffer"].float().numpy()
+    np.testing.assert_allclose(buffer, grad / 2 if mended else np.full((2, 2), 0.5), rtol=1e-2)
+
+
 # --- Edges ----------------------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ Differs from PyTorch:
 
 1. ``eta`` and ``mu`` are float64 for a float64 parameter, else float32. PyTorch keeps them in its default dtype,
    whatever the parameter is.
+2. Negative ``lambd`` and ``alpha`` are refused, as in PyTorch since 2.15.
 
 Differs from optax: it has no ASGD.
 """
@@ -33,7 +34,7 @@ from jax import Array
 from optimjax.lift import factory
 from optimjax.numerics import at_least_float32, coupled_decay
 from optimjax.optimizer import Optimizer
-from optimjax.rule import Capturable, Decay, Differentiable, Flag, Foreach, LearningRate, Number, Rule
+from optimjax.rule import Capturable, Decay, Differentiable, Flag, Foreach, LearningRate, NonNegative, Number, Rule
 
 __all__ = ["ASGD", "asgd"]
 
@@ -93,8 +94,8 @@ class ASGD(Optimizer):
       params: what to optimize; see :class:`optimjax.Optimizer`.
       lr: learning rate, at least 0. A step uses the one that the step before has put into the state; the first step's
         is put there when the state is made: at a parameter's first gradient, or by ``init`` of the functional core.
-      lambd: times the parameter, added to the gradient; it also sets how fast the learning rate falls.
-      alpha: power with which the learning rate falls.
+      lambd: times the parameter, added to the gradient; it also sets how fast the learning rate falls; at least 0.
+      alpha: power with which the learning rate falls, at least 0.
       t0: number of steps before averaging begins.
       weight_decay: times the parameter, added to the gradient (L2 penalty); at least 0.
       foreach, differentiable, capturable: accepted and kept; the compiled step is already what they ask for.
@@ -126,8 +127,8 @@ class ASGD(Optimizer):
         self,
         params: Any,
         lr: LearningRate = 1e-2,
-        lambd: Number = 1e-4,
-        alpha: Number = 0.75,
+        lambd: NonNegative = 1e-4,
+        alpha: NonNegative = 0.75,
         t0: Number = 1e6,
         weight_decay: Decay = 0,
         foreach: Foreach = None,

@@ -24,6 +24,9 @@ Differs from PyTorch:
    optimizer is made, not in its first step. A negative ``eps`` or ``ns_steps`` is refused, too.
 3. A matrix without columns is left alone; in PyTorch it divides by zero.
 4. In half precision the momentum is computed in float32.
+5. Without ``nesterov`` PyTorch, up to 2.14, normalises the momentum buffer of a bfloat16 parameter in place
+   (pytorch#194664, mended in 2.15). Here the buffer is the momentum alone.
+6. ``adjust_lr_fn="spectral_unclamped"``, new in 2.15, is not here yet.
 
 Differs from optax:
 
