@@ -51,6 +51,7 @@ bench: .venv/test ## time a step beside optax and PyTorch, and measure where the
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/loss_step.py
 	$(BIN)/python benchmarks/sparse.py
+	$(BIN)/python benchmarks/clip.py
 
 clean: ## remove the virtual environments and caches
 	rm -rf .venv .venv-newest docs/_build docs/algorithms.rst docs/lr_schedulers.png .pytest_cache .ruff_cache .hypothesis

@@ -18,7 +18,7 @@ import optax
 import torch
 
 import optimjax as optim
-from optimjax.rule import bias_correction
+from optimjax.numerics import bias_correction
 
 LR = 0.1
 EPOCHS = 20

@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from optimjax.numerics import at_least_float32, bias_correction, sqrt
+from optimjax.numerics import at_least_float32
 from optimjax.placement import automatic, explicit, place, resharded
 from optimjax.sparse import Entries, is_sparse
 
@@ -52,9 +52,7 @@ __all__ = [
     "Switch",
     "apply",
     "apply_each",
-    "bias_correction",
     "initial_slots",
-    "sqrt",
 ]
 
 
