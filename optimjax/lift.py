@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from optimjax.placement import place, sharding_of
-from optimjax.rule import Hyperparameters, Numeric, Rule, apply_each, initial_slots
+from optimjax.rule import Hyperparameters, Numeric, Rule, apply_each, initial_slots, slot_types
 from optimjax.sparse import is_sparse
 from optimjax.tree import check_gradient, flatten_params, match, names
 
@@ -280,11 +280,8 @@ def active_fields(
     rule: Rule, hyperparameters: Hyperparameters, flags: Any, shape: tuple[int, ...], dtype: Any = jnp.float32
 ) -> tuple[str, ...]:
     """The slots that a parameter of this shape and dtype has under these flags."""
-    kinds = hyperparameters.kinds.items()
-    zeros = {key: (0.0,) * len(kind.items) or 0.0 for key, kind in kinds if isinstance(kind, Numeric)}
-    hyper = hyperparameters.hyper(zeros | flags._asdict())
-    slots = jax.eval_shape(lambda param: rule.init(param, hyper, flags), jax.ShapeDtypeStruct(shape, dtype))
-    return tuple(field for field, slot in slots._asdict().items() if slot is not None)
+    types = slot_types(rule, hyperparameters, flags, shape, dtype)
+    return tuple(field for field, type_ in types.items() if type_ is not None)
 
 
 def check_param(

@@ -37,7 +37,7 @@ from optimjax.loss import (
     value_and_grad,
 )
 from optimjax.parameter import Parameter
-from optimjax.rule import Hyperparameters, Numeric, Rule, initial_slots
+from optimjax.rule import Hyperparameters, Numeric, Rule, initial_slots, slot_types
 from optimjax.source import BoxSource, ModuleSource, Source, is_single, not_parameters, source_of
 from optimjax.sparse import zeros_like
 from optimjax.state_dict import IncompatibleKeys, as_count, read_slot
@@ -52,7 +52,6 @@ from optimjax.step import (
     distinct,
     entries,
     layout,
-    slot_types,
     update_bucket,
 )
 from optimjax.tree import check_gradient, copied_array, from_tensor
@@ -744,7 +743,7 @@ class Optimizer:
         return keys
 
     def _slot_types(self, group: Mapping[str, Any], where: str) -> Callable[[Parameter], dict[str, Any]] | None:
-        """For a parameter of this loaded group the types of its slots, see :func:`optimjax.step.slot_types`.
+        """For a parameter of this loaded group the types of its slots, see :func:`optimjax.rule.slot_types`.
 
         Where there is no rule, nothing is known of the state.
         """

@@ -53,6 +53,7 @@ __all__ = [
     "apply",
     "apply_each",
     "initial_slots",
+    "slot_types",
 ]
 
 
@@ -412,6 +413,18 @@ def initial_slots(rule: Rule, param: Array, hyper: Any, flags: Any) -> Any:
         return place(slot, param)
 
     return jax.tree.map(own, rule.init(param, hyper, flags))
+
+
+@functools.cache
+def slot_types(
+    rule: Rule, hyperparameters: Hyperparameters, flags: Any, shape: tuple[int, ...], dtype: Any
+) -> dict[str, Any]:
+    """Shape and dtype of each slot that a parameter has under these flags, ``None`` for one that it does not have."""
+    kinds = hyperparameters.kinds.items()
+    zeros = {key: (0.0,) * len(kind.items) or 0.0 for key, kind in kinds if isinstance(kind, Numeric)}
+    hyper = hyperparameters.hyper(zeros | flags._asdict())
+    param = jax.ShapeDtypeStruct(shape, dtype)
+    return jax.eval_shape(lambda param: rule.init(param, hyper, flags), param)._asdict()
 
 
 # --- The one place where a rule's arithmetic is called --------------------------------------------------------------

@@ -11,7 +11,6 @@ Who has the slots of a parameter, for which the optimizer's ``state`` has a Para
 No arrow leads back, so that arrays are freed as soon as the optimizer is.
 """
 
-import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -27,7 +26,7 @@ from optimjax.handover import Call, Commit, Handover, Program, kind
 from optimjax.interned import interned
 from optimjax.parameter import Parameter
 from optimjax.placement import canonical, pin, pinned
-from optimjax.rule import Hyperparameters, Numeric, Rule, apply_each
+from optimjax.rule import Rule, apply_each
 from optimjax.tree import copied_array
 
 __all__ = [
@@ -42,7 +41,6 @@ __all__ = [
     "distinct",
     "entries",
     "layout",
-    "slot_types",
     "update_bucket",
     "update_each",
 ]
@@ -411,18 +409,6 @@ def distinct(arrays: Sequence[Array], others: Any) -> list[Array]:
         result.append(copied_array(array) if id(array) in seen else array)
         seen.add(id(array))
     return result
-
-
-@functools.cache
-def slot_types(
-    rule: Rule, hyperparameters: Hyperparameters, flags: Any, shape: tuple[int, ...], dtype: Any
-) -> dict[str, Any]:
-    """Shape and dtype of each slot that a parameter has under these flags, ``None`` for one that it does not have."""
-    kinds = hyperparameters.kinds.items()
-    zeros = {key: (0.0,) * len(kind.items) or 0.0 for key, kind in kinds if isinstance(kind, Numeric)}
-    hyper = hyperparameters.hyper(zeros | flags._asdict())
-    param = jax.ShapeDtypeStruct(shape, dtype)
-    return jax.eval_shape(lambda param: rule.init(param, hyper, flags), param)._asdict()
 
 
 # --- Which parameters share a program ---------------------------------------------------------------------------------
