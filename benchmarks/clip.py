@@ -1,4 +1,4 @@
-"""Time `clip_grad_norm_` beside PyTorch's: `python benchmarks/clip.py [--sets mlp deep gpt2] [--rounds N]`.
+"""Time `clip_grad_norm_` side by side with PyTorch's: `python benchmarks/clip.py [--sets mlp deep gpt2] [--rounds N]`.
 
 Both take turns within one run, so that a noisy machine is noisy for both. A ratio is the median over the rounds of ours
 to PyTorch's of the same round. "first" is the first call, which compiles. The norm is above the limit, so that

@@ -283,7 +283,7 @@ class Optimizer:
             option = options[0]
             raise ValueError(
                 f"{option!r} is an option, here {params[option]!r}, in a dict that is taken for a tree of parameters "
-                f"because it is no group: groups are a list of dicts, each with 'params', as in "
+                f"because it is not a group: groups are a list of dicts, each with 'params', as in "
                 f"[{{'params': ..., {option!r}: {params[option]!r}}}]; this one has the keys {list(params)}"
             )
 
