@@ -26,6 +26,9 @@ def sharding_of(x: Any) -> Sharding | None:
 
 def explicit(x: Any) -> NamedSharding | None:
     """The sharding that is part of an array's type, also while it is traced, on a mesh with explicit axes."""
+    # JAX compares shardings by Python code, and makes another error of an interrupt there: it is asked only if need be.
+    if isinstance(x, jax.Array) and not isinstance(x, Tracer) and not isinstance(x.sharding, NamedSharding):
+        return None
     sharding = jax.typeof(x).sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 

@@ -13,6 +13,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optimjax.numerics import at_least_float32
+from optimjax.placement import explicit, resharded
 
 __all__ = ["Layout", "dot", "largest"]
 
@@ -23,7 +24,7 @@ class Layout:
 
     Attributes:
       shapes, dtypes: of each parameter.
-      shardings: of each parameter, as its type has them: they differ where a mesh has explicit axes.
+      shardings: of each parameter, where it is part of its type: on a mesh with explicit axes.
       moving: which of them are optimized, in the order in which their arrays are handed around. The elements of the
         others are in the vector, too, and zero.
     """
@@ -36,12 +37,11 @@ class Layout:
     @classmethod
     def of(cls, arrays: Sequence[Array], moving: Sequence[int] | None = None) -> "Layout":
         """The layout of parameters; all of them move unless it is said which."""
-        types = [jax.typeof(array) for array in arrays]
         return cls(
-            tuple(each.shape for each in types),
-            tuple(each.dtype for each in types),
-            tuple(each.sharding for each in types),
-            tuple(range(len(types)) if moving is None else moving),
+            tuple(array.shape for array in arrays),
+            tuple(array.dtype for array in arrays),
+            tuple(map(explicit, arrays)),
+            tuple(range(len(arrays)) if moving is None else moving),
         )
 
     @functools.cached_property
@@ -73,7 +73,7 @@ class Layout:
         for index, array in zip(self.moving, arrays, strict=True):
             if jnp.iscomplexobj(array):
                 array = jnp.stack([array.real, array.imag], axis=-1)
-            parts[index] = jnp.ravel(_spread(array)).astype(self.dtype)
+            parts[index] = jnp.ravel(_whole(array)).astype(self.dtype)
         return jnp.concatenate(parts)
 
     def unflatten(self, vector: Array) -> list[Array]:
@@ -84,7 +84,7 @@ class Layout:
             if jnp.issubdtype(self.dtypes[index], jnp.complexfloating):
                 array = jax.lax.complex(array[::2], array[1::2])
             array = array.reshape(self.shapes[index]).astype(self.dtypes[index])
-            arrays.append(_spread(array, self.shardings[index].spec))
+            arrays.append(resharded(array, self.shardings[index]))
         return arrays
 
     def rounded(self, vector: Array) -> Array:
@@ -104,11 +104,11 @@ def largest(x: Array) -> Array:
     return jnp.max(jnp.abs(x), initial=0)
 
 
-def _spread(array: Array, spec: Any = None) -> Array:
-    """The same over a mesh with explicit axes, whole on each device unless given; other axes are the compiler's."""
-    spec = PartitionSpec(*[None] * array.ndim) if spec is None else spec
-    present = jax.typeof(array).sharding
-    return array if present.spec == spec else jax.sharding.reshard(array, NamedSharding(present.mesh, spec))
+def _whole(array: Array) -> Array:
+    """The same, whole on each device of a mesh with explicit axes; other axes are the compiler's."""
+    sharding = explicit(array)
+    spec = PartitionSpec(*[None] * array.ndim)
+    return array if sharding is None else resharded(array, NamedSharding(sharding.mesh, spec))
 
 
 def _real(dtype: Any) -> Any:
