@@ -18,7 +18,7 @@ import optax
 import torch
 
 import optimjax as optim
-from optimjax.numerics import bias_correction
+from optimjax._core.numerics import bias_correction
 
 LR = 0.1
 EPOCHS = 20

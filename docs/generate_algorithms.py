@@ -1,6 +1,6 @@
 """A Sphinx extension that writes the page of algorithms from the package, so that a new algorithm needs no line here.
 
-The text is that of the docstrings and of the comments beside the slots, the ranges are those of the annotations, and
+The text is that of the docstrings and of the comments next to the slots, the ranges are those of the annotations, and
 shapes and memory are those of the state that `init` of the functional face would return.
 """
 
@@ -139,7 +139,7 @@ def argument_table(cls: type[Optimizer], arguments: dict[str, str]) -> str:
     rows, ignored = [], []
     for names, text in arguments.items():
         for name in names.split(", "):
-            kind, default = cls.hyperparameters.kinds.get(name), parameters[name].default
+            kind, default = cls.definition.hyperparameters.kinds.get(name), parameters[name].default
             if isinstance(kind, Ignored):
                 ignored.append(f"``{name}={default!r}``")
             elif name == "params":
@@ -171,7 +171,7 @@ def state_of(entry: Entry, options: dict[str, Any], sizes: Sequence[int] = MATRI
 
 def all_on(entry: Entry) -> dict[str, Any]:
     """Every flag and switch that is off by default."""
-    kinds = entry.cls.hyperparameters.kinds
+    kinds = entry.cls.definition.hyperparameters.kinds
     return {
         name: 1.0 if isinstance(kinds[name], Numeric) else True
         for name, parameter in inspect.signature(entry.factory).parameters.items()

@@ -3,6 +3,11 @@
 from typing import TYPE_CHECKING
 
 from optimjax import functional, lr_scheduler, optimizer, plot, schedules, swa_utils
+from optimjax._facade.clip import clip_grad_norm, clip_grad_norm_, clip_grad_value, clip_grad_value_
+from optimjax._facade.files import load, save
+from optimjax._params.grouping import group_parameters
+from optimjax._params.parameter import Parameter
+from optimjax._params.source import named_parameters, parameters
 from optimjax.algorithms.adadelta import Adadelta
 from optimjax.algorithms.adafactor import Adafactor
 from optimjax.algorithms.adagrad import Adagrad
@@ -18,12 +23,7 @@ from optimjax.algorithms.rmsprop import RMSprop
 from optimjax.algorithms.rprop import Rprop
 from optimjax.algorithms.sgd import SGD
 from optimjax.algorithms.sparse_adam import SparseAdam
-from optimjax.clip import clip_grad_norm, clip_grad_norm_, clip_grad_value, clip_grad_value_
-from optimjax.files import load, save
-from optimjax.grouping import group_parameters
 from optimjax.optimizer import Optimizer
-from optimjax.parameter import Parameter
-from optimjax.source import named_parameters, parameters
 
 __version__ = "0.1.0.dev0"
 

@@ -1,5 +1,7 @@
 """The functional core: one pure :class:`Algorithm` for each optimizer. Usually imported as ``F``."""
 
+from optimjax._core.algorithm import Algorithm, factory
+from optimjax._core.averaging import Averaging, ema, swa
 from optimjax.algorithms.adadelta import adadelta
 from optimjax.algorithms.adafactor import adafactor
 from optimjax.algorithms.adagrad import adagrad
@@ -15,8 +17,6 @@ from optimjax.algorithms.rmsprop import rmsprop
 from optimjax.algorithms.rprop import rprop
 from optimjax.algorithms.sgd import sgd
 from optimjax.algorithms.sparse_adam import sparse_adam
-from optimjax.averaging import Averaging, ema, swa
-from optimjax.lift import Algorithm, factory
 
 __all__ = [
     "Algorithm",

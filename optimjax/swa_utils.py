@@ -25,16 +25,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from optimjax.averaging import Exponential, Uniform, check_decay
+from optimjax._core.averaging import Exponential, Uniform, check_decay
+from optimjax._core.foreign import is_nnx, nnx
+from optimjax._core.numerics import at_least_float32
+from optimjax._core.reading import as_count, slot_array
+from optimjax._core.tree import copied_array, distinct_names, is_inexact_array
+from optimjax._facade.optimizer import Optimizer
+from optimjax._facade.state_dict import as_dict
+from optimjax._params.parameter import Parameter
+from optimjax._params.source import parameters
+from optimjax._storage.placement import sharding_of
 from optimjax.lr_scheduler.base import LRScheduler, Rate, building, extended, per_group
-from optimjax.numerics import at_least_float32
-from optimjax.optimizer import Optimizer
-from optimjax.parameter import Parameter
-from optimjax.placement import sharding_of
-from optimjax.source import parameters
-from optimjax.state_dict import as_count, as_dict, slot_array
-from optimjax.tree import copied_array, distinct_names, is_inexact_array
-from optimjax.variable import is_nnx, nnx
 
 __all__ = [
     "SWALR",

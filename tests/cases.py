@@ -139,7 +139,7 @@ class Case:
     @property
     def numeric(self) -> list[str]:
         """The options whose values are not compiled in."""
-        return [name for name in self.other if name in self.optimizer.hyperparameters.numeric]
+        return [name for name in self.other if name in self.optimizer.definition.hyperparameters.numeric]
 
     @property
     def structural(self) -> list[str]:

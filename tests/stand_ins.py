@@ -58,12 +58,12 @@ class SparseAdam(optim.SparseAdam):
 
     @classmethod
     def _algorithm(cls, values: Any) -> Any:
-        init, update = super()._algorithm(values)
+        return ByDense(cls.definition, values)
 
-        def update_by_dense(params: Any, grads: Any, state: Any, **overrides: Any) -> Any:
-            return update(params, naming_all(grads), state, **overrides)
 
-        return optim.functional.Algorithm(init, update_by_dense)
+class ByDense(optim.functional.Algorithm):
+    def update(self, params: Any, grads: Any, state: Any, **overrides: Any) -> Any:
+        return super().update(params, naming_all(grads), state, **overrides)
 
 
 sparse_adam = optim.functional.factory(SparseAdam)

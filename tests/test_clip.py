@@ -13,7 +13,7 @@ from interrupts import interrupted_everywhere
 from jax.experimental.sparse import BCOO
 
 import optimjax as optim
-from optimjax import clip as clipping
+from optimjax._facade import clip as clipping
 
 INF = float("inf")
 GRADS = [np.array([3.0, -4.0]), np.array([[0.5, 0.0], [1.0, 2.0]]), np.array(-0.25)]

@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import CASES, Case
 from jax import Array
 
 import optimjax as optim
 from optimjax import functional as F
+from optimjax._core.contract import Slot, kinds_of_slots
 from optimjax.rule import Flag, LearningRate, Rule
 
 STEPS = 3
@@ -376,10 +378,10 @@ def test_lists_of_several_dtypes_are_widened_each_by_its_own(x64: None) -> None:
 
 def test_flags_of_a_rule_over_all_are_those_of_each() -> None:
     """`maximize` in one group only."""
-    from optimjax.rule import apply_each
+    from optimjax._core.apply import apply_each
 
     params = [jnp.ones(2), jnp.ones(2)]
-    flags = [Together.hyperparameters.flags({"lr": 1.0, "maximize": maximize}) for maximize in (False, True)]
+    flags = [Together.definition.hyperparameters.flags({"lr": 1.0, "maximize": maximize}) for maximize in (False, True)]
     slots = [NormSlots(jnp.zeros(())) for _ in params]
     (one, _), (other, _) = apply_each(Together.rule, flags, params, params, slots, [Scalars(1.0)] * 2)
     np.testing.assert_allclose(np.stack([one, other]), [[1 - 1 / 3] * 2, [1 + 1 / 3] * 2], rtol=1e-6)
@@ -524,3 +526,29 @@ def test_crossed(example: Example) -> None:
     params, state = optimizer.algorithm.update(params, example.arrays(2), state)
     optimizer.load_functional_state(params, state)
     assert_is(example, *of(example, stepped(example, optimizer, first=2)))
+
+
+# --- Kinds of slots -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.sparse], ids=str)
+def test_the_kinds_of_slots_are_true(case: Case) -> None:
+    """Of the parameter's shape and dtype, unless fixed; never negative where the kind says so."""
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.bfloat16)}
+    for options in case.variants():
+        algorithm = case.factory(**options)
+        kinds = kinds_of_slots(algorithm.definition.arithmetic.slots)
+        state, new = algorithm.init(params), params
+        for seed in range(3):
+            grads = {"w": jnp.asarray(np.random.default_rng(seed).normal(size=(3, 4)), jnp.bfloat16)}
+            new, state = algorithm.update(new, grads, state)
+        for name in state._fields[1:]:
+            slot = getattr(state, name)["w"]
+            own = (slot.shape, slot.dtype) != (params["w"].shape, params["w"].dtype)
+            assert kinds[name].fixed == own, name
+            assert kinds[name].signed or np.all(np.asarray(slot, float) >= 0), name
+
+
+def test_a_slot_without_a_kind_is_fixed() -> None:
+    assert set(kinds_of_slots(NormSlots).values()) == {Slot(fixed=True)}
+    assert kinds_of_slots(dict) == {}

@@ -70,7 +70,7 @@ def test_rprop_sees_the_sign_of_tiny_gradients(scale: float) -> None:
 def test_a_decay_of_zero_has_a_derivative() -> None:
     """It leaves out the parameter, but a decay that is learned must be able to leave zero."""
     for case in CASES:
-        kind = case.optimizer.hyperparameters.kinds.get("weight_decay")
+        kind = case.optimizer.definition.hyperparameters.kinds.get("weight_decay")
         if kind is None:
             continue
         params = case.fit(jnp.array([2.0, -1.0]))

@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from interrupts import interrupted_everywhere
 
 import optimjax as optim
-from optimjax import files
-from optimjax.files import load, save
+from optimjax._facade import files
+from optimjax._facade.files import load, save
 
 DTYPES = ["float16", "bfloat16", "float32", "float64", "complex64", "complex128", "int32", "int64", "uint8", "bool"]
 
@@ -634,7 +634,7 @@ def test_an_interrupt_leaves_the_old_file_or_the_new_one() -> None:
 def test_killing_the_process_during_a_save_leaves_a_whole_file() -> None:
     program = """
     import numpy as np
-    from optimjax.files import save
+    from optimjax._facade.files import save
     for count in range(10**6):
         save("run.safetensors", {"count": count, "array": np.full(200_000, count)})
     """

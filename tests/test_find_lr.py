@@ -97,7 +97,7 @@ def everything(optimizer: Any, model: Any) -> Any:
             [(np.asarray(box.value), box.grad) for box in boxes],
             optimizer.state_dict(),
             [list(group) for group in optimizer.param_groups],
-            {name: value for name, value in vars(optimizer).items() if name in ("donate", "_step_called", "calls")},
+            {name: value for name, value in vars(optimizer).items() if name in ("donate", "_record", "calls")},
             None if model is None else jax.tree.map(np.asarray, nnx.to_pure_dict(plain_keys(nnx.state(model)))),
         )
     )

@@ -1,6 +1,8 @@
 """The functional core under JAX's transformations: hyperparameters of every form, errors, state as data."""
 
 import copy
+import dataclasses
+import functools
 import inspect
 import pickle
 import re
@@ -214,7 +216,7 @@ def test_derivatives_stay_finite_with_zero_gradients(x64: None, case: Case, opti
     def final_loss(params: Any, numbers: Any) -> Any:
         return loss(train(algorithm, params, case.steps, squares, **numbers)[0])
 
-    values, kinds = case.optimizer._defaults_of(**options), case.optimizer.hyperparameters.kinds
+    values, kinds = case.optimizer.definition.defaults(**options), case.optimizer.definition.hyperparameters.kinds
     names = [name for name in case.numeric if values[name] or not kinds[name].switch]  # what is switched off stays so
     numbers = {name: jax.tree.map(lambda value: jnp.asarray(value, float), values[name]) for name in names}
     chex.assert_tree_all_finite(jax.jit(jax.grad(final_loss, argnums=(0, 1)))(zeros, numbers))
@@ -367,7 +369,6 @@ def test_state_that_does_not_belong_to_the_parameters() -> None:
         (F.sgd(lr=schedules.step(0.1, step_size=3)), "sgd(lr=step(0.1, step_size=3))"),
         (F.lbfgs(max_iter=40), "lbfgs(max_iter=40, max_eval=50)"),
         (optim.SGD([jnp.ones(1)], momentum=0.9).algorithm, "sgd(momentum=0.9)"),
-        (F.Algorithm(len, max), f"Algorithm(init={len}, update={max})"),
     ],
     ids=str,
 )
@@ -405,3 +406,54 @@ def test_none_in_place_of_a_tree_of_gradients(grads: Any, where: str) -> None:
     params = {"a": {"v": jnp.ones(()), "w": jnp.ones(())}, "b": jnp.ones(())}
     with pytest.raises(ValueError, match=re.escape(where)):
         F.sgd().update(params, grads, F.sgd().init(params))
+
+
+# --- Algorithms as values -------------------------------------------------------------------------------------------
+
+
+def test_algorithms_that_were_made_alike_are_equal() -> None:
+    schedule = schedules.step(0.1, step_size=3)
+    for make in (F.adam, lambda: F.adam(0.1), lambda: F.sgd(lr={"a": [0.1]}), lambda: F.sgd(lr=schedule), F.lbfgs):
+        assert make() == make()
+        assert hash(make()) == hash(make())
+    for other in (F.adamw(), F.adam(lr=0.2), F.adam(betas=(0.9, 0.99)), F.adam(lr=jnp.array(1e-3)), F.sgd(), "adam()"):
+        assert F.adam() != other
+    assert F.sgd(lr=jnp.array(0.1)) != F.sgd(lr=jnp.array(0.1))  # arrays are compared by identity
+    assert optim.Adam([jnp.ones(1)]).algorithm == F.adam()
+
+
+def test_an_algorithm_may_be_a_static_argument(compilations: Any) -> None:
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(algorithm: F.Algorithm, params: Any, state: Any) -> Any:
+        return algorithm.update(params, params, state)
+
+    params = jnp.ones(3)
+    step(F.adam(lr=0.1), params, F.adam().init(params))
+    before = compilations()
+    step(F.adam(lr=0.1), params, F.adam().init(params))
+    assert compilations() == before
+
+
+@pytest.mark.parametrize("case", EVERY, ids=str)
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))], ids=str)
+def test_an_algorithm_can_be_copied_and_pickled(case: Case, duplicate: Any) -> None:
+    algorithm = case.factory(**case.variants()[1])
+    assert duplicate(algorithm) == algorithm
+
+
+def test_an_algorithm_is_a_pair_of_functions() -> None:
+    init, update = F.sgd(lr=1.0)
+    params, _ = update(jnp.ones(2), jnp.ones(2), init(jnp.ones(2)))
+    np.testing.assert_array_equal(params, 0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        F.sgd().values = {}  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_compiled_update_can_be_exported() -> None:
+    """Its state is a type that `jax.export` can write."""
+    adam, params = F.adam(lr=0.1), {"w": jnp.ones(2)}
+    state = adam.init(params)
+    written = jax.export.export(jax.jit(adam.update))(params, params, state).serialize()
+    read = jax.export.deserialize(written).call(params, params, state)
+    chex.assert_trees_all_equal(read, adam.update(params, params, state))
+    assert type(read[1]) is type(state)

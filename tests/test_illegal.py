@@ -100,7 +100,7 @@ def raises_or_works(optimizer: Any, call: Any) -> None:
 @every_case
 @given(data=st.data(), value=nonsense)
 def test_options(case: Case, data: Any, value: Any) -> None:
-    name = data.draw(st.sampled_from(sorted(case.optimizer.hyperparameters.kinds)))
+    name = data.draw(st.sampled_from(sorted(case.optimizer.definition.hyperparameters.kinds)))
     params = {"a": jnp.ones((2, 2))}
     try:
         optimizer = case.optimizer(params, **{name: value})

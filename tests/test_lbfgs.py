@@ -20,7 +20,7 @@ from flax import nnx
 
 import optimjax as optim
 from optimjax import functional as F
-from optimjax.line_search import Point, strong_wolfe
+from optimjax.algorithms.parts.line_search import Point, strong_wolfe
 
 WOLFE = {"line_search_fn": "strong_wolfe"}
 FIXED = {"lr": 1e-3}

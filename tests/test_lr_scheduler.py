@@ -850,8 +850,7 @@ def test_a_jitted_function_is_not_saved() -> None:
 
 def contents(optimizer: Any, scheduler: Any) -> Any:
     """All that a failed load must leave as it was."""
-    record = [dict(built) for built in optimizer._built], optimizer._scheduled, optimizer._step_called
-    return *copy.deepcopy((groups_of(optimizer), scheduler.state_dict())), record
+    return *copy.deepcopy((groups_of(optimizer), scheduler.state_dict())), optimizer._record
 
 
 def refused(scheduler: Any, state: Any, message: str) -> None:
@@ -1212,10 +1211,10 @@ def test_a_scheduler_that_fails_when_it_is_built_leaves_nothing_behind() -> None
     optimizer = build()
     optimizer.param_groups[0]["lr"] = 7
     optimizer.step()
-    before = groups_of(optimizer), optimizer._scheduled, optimizer._step_called
+    before = groups_of(optimizer), optimizer._record
     with pytest.raises(RuntimeError, match="no rate"):
         Fails(optimizer)
-    assert (groups_of(optimizer), optimizer._scheduled, optimizer._step_called) == before
+    assert (groups_of(optimizer), optimizer._record) == before
     optimizer.param_groups[0]["lr"] = 1
     inner = Fails(optimizer)
     follow(optimizer, inner, 2)

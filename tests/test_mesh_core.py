@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optimjax import functional as F
-from optimjax.rule import initial_slots
+from optimjax._core.apply import initial_slots
 
 WHOLE = {
     "b": np.linspace(-1, 1, 8, dtype=np.float32),

@@ -19,7 +19,7 @@ from flax import linen, nnx, struct
 from flax.core import freeze
 
 import optimjax as optim
-from optimjax.numerics import widened
+from optimjax._core.numerics import widened
 
 X = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
 KERNEL = np.random.default_rng(1).normal(size=(2, 3)).astype(np.float32)
@@ -424,9 +424,12 @@ def test_rules_choose_among_layers_in_a_list() -> None:
 
 
 BESIDE: dict[str, tuple[Any, str]] = {
-    "array": (lambda: jnp.ones(2), r"^parameter '3' is an array beside flax\.nnx modules.* make it an nnx\.Param"),
+    "array": (lambda: jnp.ones(2), r"^parameter '3' is an array alongside flax\.nnx modules.* make it an nnx\.Param"),
     "NumPy array": (lambda: np.ones(2), "^parameter '3' is an array"),
-    "box": (lambda: {"w": optim.Parameter(1.0)}, r"^parameter '3\.w' is an optim\.Parameter beside flax\.nnx modules"),
+    "box": (
+        lambda: {"w": optim.Parameter(1.0)},
+        r"^parameter '3\.w' is an optim\.Parameter alongside flax\.nnx modules",
+    ),
     "generator": (lambda: optim.parameters(layers()), r"^'3' is a generator.* \[\*optim\.parameters\(a\)"),
     "iterator": (lambda: iter(layers()), "^'3' is a list_iterator"),
     "values": (lambda: dict(a=layers()[0]).values(), "^'3' is a dict_values"),

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import optimjax as optim
-from optimjax.handover import Program
+from optimjax._engine.handover import Program
 from optimjax.swa_utils import AveragedModel
 
 START = {"a": jnp.arange(6.0).reshape(2, 3) / 4, "b": jnp.array([0.5, -1.0])}

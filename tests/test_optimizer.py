@@ -17,6 +17,8 @@ import pytest
 from flax import linen, nnx
 
 import optimjax as optim
+from optimjax._engine.bucket import update_bucket
+from optimjax._engine.state import ParameterState
 from optimjax.rule import LearningRate, Rule
 
 NAMES = ("base.kernel", "base.bias", "head.kernel")
@@ -1293,9 +1295,7 @@ def _set_state(optimizer: Any) -> None:
 
 
 def _replace_state(optimizer: Any) -> None:
-    optimizer.state[optimizer.param_groups[0]["params"][0]] = optim.optimizer.ParameterState(
-        {"momentum_buffer": jnp.array([1.0, 2.0])}
-    )
+    optimizer.state[optimizer.param_groups[0]["params"][0]] = ParameterState({"momentum_buffer": jnp.array([1.0, 2.0])})
 
 
 def _forget_state(optimizer: Any) -> None:
@@ -1362,7 +1362,7 @@ def test_a_step_takes_over_nothing_that_has_changed(change: Any) -> None:
         for box, other in zip(boxes, others, strict=True):
             box.grad = other.grad = jnp.sin(box.value)
         optimizer.step()
-        forgetful._plan = None
+        forgetful._stepper.planner.plan = None
         forgetful.step()
         for box, other in zip(boxes, others, strict=True):
             np.testing.assert_array_equal(box.value, other.value)
@@ -1414,10 +1414,10 @@ def test_donate_updates_parameters_in_place(by_loss: bool) -> None:
 
 def test_with_donate_a_compiled_step_needs_no_memory_of_its_own() -> None:
     optimizer = optim.Adam([jnp.ones((256, 256)) for _ in range(3)], lr=0.1)
-    grads = {box: jnp.ones((256, 256)) for box in optimizer._parameters()}
-    plan, rows = optimizer._planned(grads)
+    grads = {box: jnp.ones((256, 256)) for box in optimizer.param_groups[0]["params"]}
+    plan, rows = optimizer._stepper.planner.planned(optimizer.param_groups, optimizer.state, grads)
     (call,) = plan.calls(grads, rows, in_place=True)
-    compiled = optim.step.update_bucket.donating((1, 2)).lower(*call.args).compile()
+    compiled = update_bucket.donating((1, 2)).lower(*call.args).compile()
     memory: Any = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < 1000
     assert memory.alias_size_in_bytes == 9 * 256 * 256 * 4

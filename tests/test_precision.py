@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from cases import CASES, Case
 
-import optimjax as optim
 from optimjax import functional as F
 from optimjax import schedules
+from optimjax.algorithms.parts.vector import Layout
 
 DTYPES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "complex64", "complex128")
 FORMS: dict[str, Callable[[Any], Any]] = {  # of a number
@@ -48,7 +48,7 @@ def test_functional(request: pytest.FixtureRequest, case: Case, dtype: str) -> N
     if dtype.startswith("complex") and case.complex_message:
         pytest.skip("refused")
     params = params_of(case, dtype)
-    kinds = case.optimizer.hyperparameters.kinds
+    kinds = case.optimizer.definition.hyperparameters.kinds
     for options in case.variants():
         values = {
             name: options.get(name, case.other[name])
@@ -216,6 +216,6 @@ def test_pytorch_with_double_precision_as_its_default(torch: Any, x64: None) -> 
 def test_lbfgs_in_half_precision() -> None:
     """The vector of parameters is float32 at least, whatever is side by side in it."""
     params = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2, jnp.float16), "c": jnp.ones(2)}
-    layout = optim.vector.Layout.of(list(params.values()))
+    layout = Layout.of(list(params.values()))
     assert layout.dtype == jnp.float32
     assert layout.flatten(list(params.values())).dtype == jnp.float32

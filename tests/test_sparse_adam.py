@@ -19,6 +19,7 @@ from jax.experimental.sparse import BCOO, BCSR
 
 import optimjax as optim
 from optimjax import functional as F
+from optimjax._core.tree import check_gradient
 
 STEPS = 100
 OPTIONS: dict[str, Any] = {"lr": 0.05, "betas": (0.8, 0.9), "eps": 1e-3, "maximize": True}  # others: test_parity.py
@@ -264,7 +265,7 @@ def test_the_class_updates_its_state_in_place_and_the_table_when_told(donate: bo
     optimizer.step(grad)
 
     def places() -> list[int]:
-        (bucket,) = optimizer._plan.buckets  # reading the state would protect it
+        (bucket,) = optimizer._stepper.planner.plan.buckets  # reading the state would protect it
         return [array.unsafe_buffer_pointer() for array in (optimizer.params, *bucket.store.slots[0])]
 
     before = places()
@@ -399,9 +400,9 @@ def test_more_entries_than_integers_can_count() -> None:
 
     elements = BCOO((jnp.ones(1), jnp.zeros((1, 2), jnp.int32)), shape=Huge.shape)
     with pytest.raises(ValueError, match="give it fewer sparse axes, or enable jax_enable_x64"):
-        optim.tree.check_gradient(lambda: "w", Huge, elements)
+        check_gradient(lambda: "w", Huge, elements)
     rows = BCOO((jnp.ones((1, 2**15)), jnp.zeros((1, 1), jnp.int32)), shape=Huge.shape)
-    optim.tree.check_gradient(lambda: "w", Huge, rows)
+    check_gradient(lambda: "w", Huge, rows)
 
 
 def test_complex_parameters(torch: Any) -> None:

@@ -23,10 +23,24 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from optimjax.lift import factory
-from optimjax.numerics import coupled_decay, sqrt
 from optimjax.optimizer import Optimizer
-from optimjax.rule import Capturable, Decay, Differentiable, Epsilon, Flag, Foreach, LearningRate, Rule, Share
+from optimjax.rule import (
+    Capturable,
+    Decay,
+    Differentiable,
+    Epsilon,
+    Flag,
+    Flags,
+    Foreach,
+    Hyper,
+    LearningRate,
+    Rule,
+    Share,
+    Square,
+    coupled_decay,
+    factory,
+    sqrt,
+)
 
 __all__ = ["Adadelta", "adadelta"]
 
@@ -34,8 +48,8 @@ __all__ = ["Adadelta", "adadelta"]
 class Slots(NamedTuple):
     """Kept for each parameter; each of its shape and dtype."""
 
-    square_avg: Array  # v: running mean of the squared gradients
-    acc_delta: Array  # u: running mean of the squared updates
+    square_avg: Square  # v: running mean of the squared gradients
+    acc_delta: Square  # u: running mean of the squared updates
 
 
 class Scalars(NamedTuple):
@@ -48,17 +62,17 @@ class Scalars(NamedTuple):
     weight_decay: Any
 
 
-def init(param: Array, hyper: Any, flags: Any) -> Slots:
+def init(param: Array, hyper: Hyper, flags: Flags) -> Slots:
     """All zeros."""
     return Slots(square_avg=jnp.zeros_like(param), acc_delta=jnp.zeros_like(param))
 
 
-def scalars(step: Any, hyper: Any) -> Scalars:
+def scalars(step: Any, hyper: Hyper) -> Scalars:
     """Nothing depends on the step."""
     return Scalars(hyper.lr, hyper.rho, 1 - hyper.rho, hyper.eps, hyper.weight_decay)
 
 
-def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any) -> tuple[Array, Slots]:
+def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Flags) -> tuple[Array, Slots]:
     """One step."""
     grad = coupled_decay(param, grad, scalars, flags)
     square_avg = scalars.rho * slots.square_avg + scalars.one_minus_rho * grad * grad

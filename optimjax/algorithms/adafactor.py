@@ -44,10 +44,23 @@ from typing import Annotated, Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from optimjax.lift import factory
-from optimjax.numerics import maximum, sqrt
 from optimjax.optimizer import Optimizer
-from optimjax.rule import Decay, Flag, Foreach, LearningRate, Number, Numeric, Rule
+from optimjax.rule import (
+    Decay,
+    Fixed,
+    Flag,
+    Flags,
+    Foreach,
+    Hyper,
+    LearningRate,
+    Number,
+    Numeric,
+    Rule,
+    Square,
+    factory,
+    maximum,
+    sqrt,
+)
 
 __all__ = ["Adafactor", "adafactor"]
 
@@ -75,9 +88,9 @@ Shrinkage = Annotated[Decay, Numeric(minimum=0, skip=True, message=_message("wei
 class Slots(NamedTuple):
     """Kept for each parameter, in its dtype: of two axes or more the first two, otherwise the last."""
 
-    row_var: Array | None  # R: shape of the parameter, but 1 along the last axis
-    col_var: Array | None  # C: shape of the parameter, but 1 along the last axis but one
-    variance: Array | None  # V: shape of the parameter
+    row_var: Fixed | None  # R: shape of the parameter, with the last axis reduced to 1
+    col_var: Fixed | None  # C: shape of the parameter, with the second-to-last axis reduced to 1
+    variance: Square | None  # V: shape of the parameter
 
 
 class Scalars(NamedTuple):
@@ -93,13 +106,13 @@ class Scalars(NamedTuple):
     shrink: Any  # by which weight decay multiplies the parameter
 
 
-def check_param(param: Array, flags: Any) -> None:
+def check_param(param: Array, flags: Flags) -> None:
     """PyTorch's condition."""
     if jnp.iscomplexobj(param):
         raise RuntimeError("Adafactor does not support complex parameters")
 
 
-def init(param: Array, hyper: Any, flags: Any) -> Slots:
+def init(param: Array, hyper: Hyper, flags: Flags) -> Slots:
     """All zeros."""
     if param.ndim < 2:
         return Slots(row_var=None, col_var=None, variance=jnp.zeros_like(param))
@@ -111,7 +124,7 @@ def init(param: Array, hyper: Any, flags: Any) -> Slots:
     )
 
 
-def scalars(step: Any, hyper: Any) -> Scalars:
+def scalars(step: Any, hyper: Hyper) -> Scalars:
     """Weights of the running means, and bounds."""
     eps1, eps2 = hyper.eps
     weight = (1.0 * step) ** hyper.beta2_decay
@@ -127,7 +140,7 @@ def scalars(step: Any, hyper: Any) -> Scalars:
     )
 
 
-def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any) -> tuple[Array, Slots]:
+def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Flags) -> tuple[Array, Slots]:
     """One step."""
     eps1 = jnp.where(jnp.isnan(scalars.eps1), float(jnp.finfo(flags.param_dtype).eps), scalars.eps1)
     alpha = maximum(scalars.eps2, _rms(param)) * jnp.minimum(scalars.lr, scalars.inverse_sqrt_step)
@@ -158,7 +171,7 @@ def _rms(x: Array) -> Array:
 
 
 class Adafactor(Optimizer):
-    """Adafactor, as ``torch.optim.Adafactor``: almost no memory beside the parameters.
+    """Adafactor, as ``torch.optim.Adafactor``: almost no memory in addition to the parameters.
 
     Args:
       params: what to optimize, real; see :class:`optimjax.Optimizer`.

@@ -29,10 +29,24 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optimjax.lift import factory
-from optimjax.numerics import coupled_decay, sqrt
 from optimjax.optimizer import Optimizer
-from optimjax.rule import Decay, Differentiable, Epsilon, Flag, Foreach, Fused, LearningRate, NonNegative, Rule
+from optimjax.rule import (
+    Decay,
+    Differentiable,
+    Epsilon,
+    Flag,
+    Flags,
+    Foreach,
+    Fused,
+    Hyper,
+    LearningRate,
+    NonNegative,
+    Rule,
+    Square,
+    coupled_decay,
+    factory,
+    sqrt,
+)
 
 __all__ = ["Adagrad", "adagrad"]
 
@@ -40,7 +54,7 @@ __all__ = ["Adagrad", "adagrad"]
 class Slots(NamedTuple):
     """Kept for each parameter, of its shape and dtype."""
 
-    sum: Array  # s: sum of the squared gradients
+    sum: Square  # s: sum of the squared gradients
 
 
 class Scalars(NamedTuple):
@@ -51,18 +65,18 @@ class Scalars(NamedTuple):
     weight_decay: Any
 
 
-def init(param: Array, hyper: Any, flags: Any) -> Slots:
+def init(param: Array, hyper: Hyper, flags: Flags) -> Slots:
     """The initial value, in both parts of a complex parameter."""
     start = jnp.full_like(param.real, hyper.initial_accumulator_value)
     return Slots(sum=jax.lax.complex(start, start) if jnp.iscomplexobj(param) else start)
 
 
-def scalars(step: Any, hyper: Any) -> Scalars:
+def scalars(step: Any, hyper: Hyper) -> Scalars:
     """The learning rate of this step."""
     return Scalars(hyper.lr / (1 + (step - 1) * hyper.lr_decay), hyper.eps, hyper.weight_decay)
 
 
-def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any) -> tuple[Array, Slots]:
+def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Flags) -> tuple[Array, Slots]:
     """One step."""
     grad = coupled_decay(param, grad, scalars, flags)
     total = slots.sum + grad * grad

@@ -9,7 +9,7 @@ r"""Adam: the mean of the gradients over the root of the mean of their squares.
     \theta_t &\leftarrow \theta_{t-1} - \frac{\gamma}{1 - \beta_1^t}\,
         \frac{m_t}{\sqrt{\hat v_t} / \sqrt{1 - \beta_2^t} + \epsilon}
 
-with learning rate :math:`\gamma`, weight decay :math:`\lambda`. AdamW has its arithmetic from here.
+with learning rate :math:`\gamma`, weight decay :math:`\lambda`. AdamW reuses this arithmetic.
 
 Source: Kingma, Ba, "Adam: a method for stochastic optimization", ICLR 2015 (arXiv:1412.6980); AMSGrad: Reddi, Kale,
 Kumar, "On the convergence of Adam and beyond", ICLR 2018 (arXiv:1904.09237).
@@ -31,8 +31,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from optimjax.lift import factory
-from optimjax.numerics import bias_correction, decay, sqrt
 from optimjax.optimizer import Optimizer
 from optimjax.rule import (
     BetasAlike,
@@ -41,10 +39,18 @@ from optimjax.rule import (
     Differentiable,
     Epsilon,
     Flag,
+    Flags,
     Foreach,
     Fused,
+    Hyper,
     LearningRate,
+    Moment,
     Rule,
+    Square,
+    bias_correction,
+    decay,
+    factory,
+    sqrt,
 )
 
 __all__ = ["Adam", "adam"]
@@ -53,16 +59,16 @@ __all__ = ["Adam", "adam"]
 class Slots(NamedTuple):
     """Kept for each parameter; each of its shape and dtype."""
 
-    exp_avg: Array  # m: running mean of the gradients
-    exp_avg_sq: Array  # v: running mean of their squares
-    max_exp_avg_sq: Array | None  # largest v so far, before bias correction; None without amsgrad
+    exp_avg: Moment  # m: running mean of the gradients
+    exp_avg_sq: Square  # v: running mean of their squares
+    max_exp_avg_sq: Square | None  # largest v so far, before bias correction; None without amsgrad
 
 
 class Scalars(NamedTuple):
     """What the step and the hyperparameters alone decide."""
 
     beta1: Any
-    one_minus_beta1: Any  # kept beside beta1, for 1 - 0.999 in float32 has four digits
+    one_minus_beta1: Any  # stored separately: 1 - 0.999 in float32 keeps only four digits
     beta2: Any
     one_minus_beta2: Any
     step_size: Any  # lr over the first bias correction
@@ -72,7 +78,7 @@ class Scalars(NamedTuple):
     shrink: Any  # by which decoupled decay multiplies the parameter
 
 
-def init(param: Array, hyper: Any, flags: Any) -> Slots:
+def init(param: Array, hyper: Hyper, flags: Flags) -> Slots:
     """All zeros."""
     return Slots(
         exp_avg=jnp.zeros_like(param),
@@ -81,7 +87,7 @@ def init(param: Array, hyper: Any, flags: Any) -> Slots:
     )
 
 
-def scalars(step: Any, hyper: Any) -> Scalars:
+def scalars(step: Any, hyper: Hyper) -> Scalars:
     """Bias corrections and step size."""
     beta1, beta2 = hyper.betas
     return Scalars(
@@ -97,7 +103,7 @@ def scalars(step: Any, hyper: Any) -> Scalars:
     )
 
 
-def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any) -> tuple[Array, Slots]:
+def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Flags) -> tuple[Array, Slots]:
     """One step."""
     param, grad = decay(param, grad, scalars, flags)
     exp_avg = scalars.beta1 * slots.exp_avg + scalars.one_minus_beta1 * grad

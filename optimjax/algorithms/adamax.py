@@ -26,10 +26,25 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from optimjax.lift import factory
-from optimjax.numerics import bias_correction, coupled_decay
 from optimjax.optimizer import Optimizer
-from optimjax.rule import Betas, Capturable, Decay, Differentiable, Epsilon, Flag, Foreach, LearningRate, Rule
+from optimjax.rule import (
+    Betas,
+    Capturable,
+    Decay,
+    Differentiable,
+    Epsilon,
+    Flag,
+    Flags,
+    Foreach,
+    Hyper,
+    LearningRate,
+    Moment,
+    Rule,
+    Square,
+    bias_correction,
+    coupled_decay,
+    factory,
+)
 
 __all__ = ["Adamax", "adamax"]
 
@@ -37,8 +52,8 @@ __all__ = ["Adamax", "adamax"]
 class Slots(NamedTuple):
     """Kept for each parameter; each of its shape and dtype."""
 
-    exp_avg: Array  # m: running mean of the gradients
-    exp_inf: Array  # u: largest absolute gradient so far, older ones discounted
+    exp_avg: Moment  # m: running mean of the gradients
+    exp_inf: Square  # u: largest absolute gradient so far, older ones discounted
 
 
 class Scalars(NamedTuple):
@@ -52,12 +67,12 @@ class Scalars(NamedTuple):
     weight_decay: Any
 
 
-def init(param: Array, hyper: Any, flags: Any) -> Slots:
+def init(param: Array, hyper: Hyper, flags: Flags) -> Slots:
     """All zeros."""
     return Slots(exp_avg=jnp.zeros_like(param), exp_inf=jnp.zeros_like(param))
 
 
-def scalars(step: Any, hyper: Any) -> Scalars:
+def scalars(step: Any, hyper: Hyper) -> Scalars:
     """Only the mean needs a bias correction: the maximum starts with the first gradient, not with a share of it."""
     beta1, beta2 = hyper.betas
     return Scalars(
@@ -70,7 +85,7 @@ def scalars(step: Any, hyper: Any) -> Scalars:
     )
 
 
-def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any) -> tuple[Array, Slots]:
+def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Flags) -> tuple[Array, Slots]:
     """One step."""
     grad = coupled_decay(param, grad, scalars, flags)
     exp_avg = scalars.beta1 * slots.exp_avg + scalars.one_minus_beta1 * grad

@@ -23,8 +23,18 @@ from __future__ import annotations  # signatures then show `LearningRate`, not w
 from typing import Any
 
 from optimjax.algorithms.adam import Adam
-from optimjax.lift import factory
-from optimjax.rule import BetasAlike, Capturable, Decay, Differentiable, Epsilon, Flag, Foreach, Fused, LearningRate
+from optimjax.rule import (
+    BetasAlike,
+    Capturable,
+    Decay,
+    Differentiable,
+    Epsilon,
+    Flag,
+    Foreach,
+    Fused,
+    LearningRate,
+    factory,
+)
 
 __all__ = ["AdamW", "adamw"]
 

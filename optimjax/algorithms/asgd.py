@@ -31,10 +31,25 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from optimjax.lift import factory
-from optimjax.numerics import at_least_float32, coupled_decay
 from optimjax.optimizer import Optimizer
-from optimjax.rule import Capturable, Decay, Differentiable, Flag, Foreach, LearningRate, NonNegative, Number, Rule
+from optimjax.rule import (
+    Capturable,
+    Decay,
+    Differentiable,
+    Fixed,
+    Flag,
+    Flags,
+    Foreach,
+    Hyper,
+    LearningRate,
+    NonNegative,
+    Number,
+    Rule,
+    Weights,
+    at_least_float32,
+    coupled_decay,
+    factory,
+)
 
 __all__ = ["ASGD", "asgd"]
 
@@ -42,9 +57,9 @@ __all__ = ["ASGD", "asgd"]
 class Slots(NamedTuple):
     """Kept for each parameter."""
 
-    eta: Array  # learning rate of the next step; scalar, float32 at least
-    mu: Array  # share of the next parameters in the mean; scalar, float32 at least
-    ax: Array  # mean of the parameters; of their shape and dtype
+    eta: Fixed  # learning rate of the next step; scalar, float32 at least
+    mu: Fixed  # share of the next parameters in the mean; scalar, float32 at least
+    ax: Weights  # mean of the parameters; of their shape and dtype
 
 
 class Scalars(NamedTuple):
@@ -56,7 +71,7 @@ class Scalars(NamedTuple):
     past_t0: Any  # number of steps after t0; negative before
 
 
-def init(param: Array, hyper: Any, flags: Any) -> Slots:
+def init(param: Array, hyper: Hyper, flags: Flags) -> Slots:
     """The first step size is the learning rate."""
     dtype = at_least_float32(param.real.dtype)
     return Slots(
@@ -66,7 +81,7 @@ def init(param: Array, hyper: Any, flags: Any) -> Slots:
     )
 
 
-def scalars(step: Any, hyper: Any) -> Scalars:
+def scalars(step: Any, hyper: Hyper) -> Scalars:
     """The next learning rate."""
     return Scalars(
         lambd=hyper.lambd,
@@ -76,7 +91,7 @@ def scalars(step: Any, hyper: Any) -> Scalars:
     )
 
 
-def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any) -> tuple[Array, Slots]:
+def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Flags) -> tuple[Array, Slots]:
     """One step."""
     grad = coupled_decay(param, grad, scalars, flags)
     param = (1 - scalars.lambd * slots.eta) * param - slots.eta * grad

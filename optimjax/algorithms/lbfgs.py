@@ -15,16 +15,16 @@ One call of ``step`` is up to ``max_iter`` iterations. With all parameters side 
     t_k &\leftarrow \gamma \ \text{, at the very first iteration } \gamma \min(1, 1 / \lVert g \rVert_1) \\
     \theta_{k+1} &\leftarrow \theta_k + t_k d_k
 
-with learning rate :math:`\gamma`. With a line search, described in :mod:`optimjax.line_search`, :math:`t_k` is what it
-finds from there. A call ends when the directional derivative is above ``-tolerance_change`` (before the parameters
-move), after ``max_iter`` iterations or ``max_eval`` evaluations, when no element of the gradient is larger than
-``tolerance_grad``, or when neither the step nor the loss has changed by more than ``tolerance_change``.
+with learning rate :math:`\gamma`. With a line search, described in :mod:`~optimjax.algorithms.parts.line_search`,
+:math:`t_k` is what it finds from there. A call ends when the directional derivative is above ``-tolerance_change``
+(before the parameters move), after ``max_iter`` iterations or ``max_eval`` evaluations, when no element of the gradient
+is larger than ``tolerance_grad``, or when neither the step nor the loss has changed by more than ``tolerance_change``.
 
-All iterations with their line searches are one compiled program, in which the loss stands twice: at the beginning and
-in the loop. The history takes ``2 * history_size`` vectors from the start, for a program has arrays of one shape; it is
-updated in place. Parameters that are distributed over a mesh stay so; only inside a ``jax.jit`` of one's own, over
-automatic axes, the compiler decides, unless ``out_shardings`` does. Over explicit axes the vectors are whole on each
-device.
+All iterations with their line searches are one compiled program, which contains the loss twice: at the beginning and
+in the loop. The history takes ``2 * history_size`` vectors from the start, because a program has arrays of one shape;
+it is updated in place. Parameters that are distributed over a mesh stay so; only inside a ``jax.jit`` of one's own,
+over automatic axes, the compiler decides, unless ``out_shardings`` does. Over explicit axes the vectors are whole on
+each device.
 
 Source: Liu, Nocedal, "On the limited memory BFGS method for large scale optimization", Mathematical Programming 45
 (1989).
@@ -60,19 +60,22 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optimjax.handover import Call, Launch, kinds
-from optimjax.interned import interned
-from optimjax.lift import Algorithm, Bound, arguments_of, check_overrides, factory
-from optimjax.line_search import Point, strong_wolfe
-from optimjax.loss import Cut, takes_no_arguments, value_and_grad
+from optimjax._core.algorithm import Algorithm, Params, arguments_of, check_overrides, factory
+from optimjax._core.definition import names_of_others
+from optimjax._core.reading import as_count, slot_array
+from optimjax._core.tree import check_gradient, flatten_params, match, names
+from optimjax._engine.handover import Call, Launch, kinds
+from optimjax._engine.interned import interned
+from optimjax._engine.loss import Cut, takes_no_arguments, value_and_grad
+from optimjax._engine.plan import distinct
+from optimjax._engine.state import ParameterState
+from optimjax._facade.state_dict import Reader, unknown_entry
+from optimjax._params.parameter import Parameter
+from optimjax._storage.placement import pin, pinned
+from optimjax.algorithms.parts.line_search import Point, strong_wolfe
+from optimjax.algorithms.parts.vector import Layout, dot, largest
 from optimjax.optimizer import Optimizer
-from optimjax.parameter import Parameter
-from optimjax.placement import pin, pinned
 from optimjax.rule import LearningRate, Number, Numeric, Structural
-from optimjax.state_dict import as_count, slot_array
-from optimjax.step import ParameterState, distinct
-from optimjax.tree import check_gradient, flatten_params, match, names
-from optimjax.vector import Layout, dot, largest
 
 __all__ = ["LBFGS", "lbfgs"]
 
@@ -302,21 +305,24 @@ def gradient(layout: Layout, grads: Sequence[Array]) -> Array:
 # --- The functional face ----------------------------------------------------------------------------------------------
 
 
-class _Minimizer(Bound):
-    """LBFGS with hyperparameters, over trees: its two methods are those of an :class:`Algorithm`."""
+class Minimizer(Algorithm):
+    """LBFGS as pure functions; its ``update`` takes the loss function, too."""
+
+    def __post_init__(self) -> None:
+        self.hyperparameters.check(self.values)
 
     def init(self, params: Any) -> LBFGSState:
         """The state before the first update."""
         return init(Layout.of(flatten_params(params)[0]), self.values["history_size"])
 
-    def update(
-        self, params: Any, grads: Any, state: LBFGSState, *, loss_fn: Callable[[Any], Array], **overrides: Any
-    ) -> tuple[Any, LBFGSState]:
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, params: Params, grads: Any, state: LBFGSState, *, loss_fn: Callable[[Params], Array], **overrides: Any
+    ) -> tuple[Params, LBFGSState]:
         """Up to ``max_iter`` iterations."""
         leaves, treedef = flatten_params(params)
         check_overrides(self.hyperparameters, overrides)
         values = {**self.values, **overrides}
-        self.hyperparameters.check(values, None)
+        self.hyperparameters.check(values)
         layout, history_size = Layout.of(leaves), values["history_size"]
         if isinstance(grads, LBFGSState):
             raise TypeError("the order is update(params, grads, state), but grads is LBFGSState: a state")
@@ -513,6 +519,7 @@ class LBFGS(Optimizer):
     """
 
     joint_state = True
+    slot_names = (*ENTRIES, SCRATCH)
 
     def __init__(
         self,
@@ -542,9 +549,7 @@ class LBFGS(Optimizer):
 
     @classmethod
     def _algorithm(cls, values: Mapping[str, Any]) -> Algorithm:
-        cls.hyperparameters.check(values, None)
-        minimizer = _Minimizer(cls.__name__, cls.hyperparameters, values, cls._usual)
-        return Algorithm(minimizer.init, minimizer.update)
+        return Minimizer(cls.definition, values)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add the one group of parameters; the constructor does so.
@@ -578,7 +583,8 @@ class LBFGS(Optimizer):
                 "LBFGS evaluates the loss itself: it takes step(loss_fn, *args), neither step() nor step(grads); got "
                 f"{type(loss_fn).__name__}: {loss_fn!r}"
             )
-        if not args and self._losses.find(loss_fn) is None and takes_no_arguments(loss_fn):
+        losses = self._stepper.losses
+        if not args and losses.find(loss_fn) is None and takes_no_arguments(loss_fn):
             name = getattr(loss_fn, "__name__", "closure")
             raise TypeError(
                 f"LBFGS evaluates the loss many times inside one compiled program, so {name}() must not call backward "
@@ -586,15 +592,15 @@ class LBFGS(Optimizer):
                 f"optimizer.step({name}, x, y)"
             )
         self._check_trace()
-        loss_function = self._loss_function(loss_fn)
+        loss_function = losses(loss_fn)
         program = loss_function.program(run, static=1)
         first = self._parameters()[0]
 
         def plan() -> Launch:
             (group,) = self.param_groups
-            self.hyperparameters.check_structural(group)
-            hyper, _ = self._resolved(0)
-            call = self._captured(loss_function, args)
+            self.definition.hyperparameters.check_structural(group)
+            hyper, _ = self._stepper.planner.resolved(self.param_groups, 0)
+            call = self._stepper.captured(self.param_groups, self._handed, loss_function, args)
             layout = self._layout_of(call.boxes)
             size = group["history_size"]
             state = self._present(layout, size)
@@ -608,14 +614,14 @@ class LBFGS(Optimizer):
                 for box, param in zip(call.boxes, params, strict=True):
                     box._write(_placed_like(box.value, param))
                 entry = self.state[first] = ParameterState.of(self.state.get(first, {}))
-                return entry.moved(Kept(LBFGSState(*state)), self._handover)
+                return entry.moved(Kept(LBFGSState(*state)), self._stepper.handover)
 
             scalars = Scalars(*[getattr(hyper, name) for name in Scalars._fields])
             arguments = problem, list(state), params, call.traced, scalars
             donated = (STATE, PARAMS) if self.donate else (STATE,)
             return Launch(program, donated, [Call((problem, *kinds(call.traced)), arguments)], commit)
 
-        ((_, _, loss, _),) = self._handover.launch(plan)
+        ((_, _, loss, _),) = self._stepper.handover.launch(plan)
         return loss
 
     def _layout_of(self, moving: Sequence[Parameter]) -> Layout:
@@ -632,16 +638,21 @@ class LBFGS(Optimizer):
         state = from_entries(self._checked(first, dict(entry), "state") if entry else {}, layout, history_size)
         return spread(state, first.value)
 
-    @classmethod
-    def _state_names(cls) -> tuple[str, ...]:
-        return (*ENTRIES, SCRATCH)
+    def _reader(self, group: Mapping[str, Any], where: str) -> Reader:
+        super()._reader(group, where)  # checks the group
+
+        def entries_of(parameter: Parameter, saved: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
+            return self._checked(parameter, unknown_entry(parameter, dict(saved)))
+
+        return entries_of
 
     def _checked(self, box: Parameter, entries: dict[str, Any], what: str = "loaded state") -> dict[str, Any]:
+        """The entries of a parameter, loaded or edited by hand, as they must be; or ``ValueError``."""
         where = f"{what} of parameter {str(box)!r}"
         if box is not self._parameters()[0]:
             raise ValueError(f"{where}: LBFGS keeps the state of all parameters with the first one")
-        own = {name: value for name, value in entries.items() if name not in self._state_names()}
-        strange = [name for name in own if name in self._names_of_others()]
+        own = {name: value for name, value in entries.items() if name not in self.slot_names}
+        strange = [name for name in own if name in names_of_others(self.definition)]
         if strange:
             raise ValueError(f"{where} has {strange[0]!r}, which {type(self).__name__} does not keep")
         entries = {name: entries[name] for name in ENTRIES if entries.get(name) is not None}

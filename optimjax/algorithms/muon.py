@@ -50,11 +50,24 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optimjax.lift import factory
-from optimjax.numerics import at_least_float32, sqrt
+from optimjax._storage.placement import automatic
 from optimjax.optimizer import Optimizer
-from optimjax.placement import automatic
-from optimjax.rule import Epsilon, Flag, LearningRate, NonNegative, Number, Numeric, Rule, Structural
+from optimjax.rule import (
+    Epsilon,
+    Flag,
+    Flags,
+    Hyper,
+    LearningRate,
+    Moment,
+    NonNegative,
+    Number,
+    Numeric,
+    Rule,
+    Structural,
+    at_least_float32,
+    factory,
+    sqrt,
+)
 
 __all__ = ["Muon", "muon"]
 
@@ -122,7 +135,7 @@ Axes = Annotated[tuple[tuple[int, ...], tuple[int, ...]] | None, Structural(_axe
 class Slots(NamedTuple):
     """Kept for each parameter."""
 
-    momentum_buffer: Array  # b: running mean of the gradients, shape and dtype of the parameter
+    momentum_buffer: Moment  # b: running mean of the gradients, shape and dtype of the parameter
 
 
 class Scalars(NamedTuple):
@@ -138,7 +151,7 @@ class Scalars(NamedTuple):
     shrink: Any  # by which weight decay multiplies the parameter
 
 
-def check_param(param: Array, flags: Any) -> None:
+def check_param(param: Array, flags: Flags) -> None:
     """Real matrices, or whatever ``matrix_axes`` makes matrices of."""
     if jnp.iscomplexobj(param):
         raise RuntimeError("Muon does not support complex parameters")
@@ -221,12 +234,12 @@ def together(arrays: list[Array], scalars: list[Scalars], layout: Layout, steps:
         yield from automatic(jax.vmap(one), stacked[0])(*stacked)
 
 
-def init(param: Array, hyper: Any, flags: Any) -> Slots:
+def init(param: Array, hyper: Hyper, flags: Flags) -> Slots:
     """Zeros."""
     return Slots(momentum_buffer=jnp.zeros_like(param))
 
 
-def scalars(step: Any, hyper: Any) -> Scalars:
+def scalars(step: Any, hyper: Hyper) -> Scalars:
     """The hyperparameters, and what is left of the parameter after weight decay."""
     return Scalars(
         hyper.lr,
@@ -239,7 +252,7 @@ def scalars(step: Any, hyper: Any) -> Scalars:
 
 
 def update(
-    params: list[Array], grads: list[Array], slots: list[Slots], scalars: list[Scalars], flags: Any
+    params: list[Array], grads: list[Array], slots: list[Slots], scalars: list[Scalars], flags: Flags
 ) -> tuple[list[Array], list[Slots]]:
     """One step of each parameter; all have one shape, and share the products."""
     if not params[0].size:

@@ -33,8 +33,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from optimjax.lift import factory
-from optimjax.numerics import at_least_float32, bias_correction, decay, sqrt
 from optimjax.optimizer import Optimizer
 from optimjax.rule import (
     Betas,
@@ -42,11 +40,21 @@ from optimjax.rule import (
     Decay,
     Differentiable,
     Epsilon,
+    Fixed,
     Flag,
+    Flags,
     Foreach,
+    Hyper,
     LearningRate,
+    Moment,
     NonNegative,
     Rule,
+    Square,
+    at_least_float32,
+    bias_correction,
+    decay,
+    factory,
+    sqrt,
 )
 
 __all__ = ["NAdam", "nadam"]
@@ -55,9 +63,9 @@ __all__ = ["NAdam", "nadam"]
 class Slots(NamedTuple):
     """Kept for each parameter; the running means are of its shape and dtype."""
 
-    mu_product: Array  # pi: product of all momenta so far; scalar, float32 at least
-    exp_avg: Array  # m: running mean of the gradients
-    exp_avg_sq: Array  # v: running mean of their squares
+    mu_product: Fixed  # pi: product of all momenta so far; scalar, float32 at least
+    exp_avg: Moment  # m: running mean of the gradients
+    exp_avg_sq: Square  # v: running mean of their squares
 
 
 class Scalars(NamedTuple):
@@ -65,7 +73,7 @@ class Scalars(NamedTuple):
 
     lr: Any
     beta1: Any
-    one_minus_beta1: Any  # kept beside beta1, for 1 - 0.999 in float32 has four digits
+    one_minus_beta1: Any  # stored separately: 1 - 0.999 in float32 keeps only four digits
     beta2: Any
     one_minus_beta2: Any
     bias_correction2_sqrt: Any
@@ -77,7 +85,7 @@ class Scalars(NamedTuple):
     shrink: Any  # by which decoupled decay multiplies the parameter
 
 
-def init(param: Array, hyper: Any, flags: Any) -> Slots:
+def init(param: Array, hyper: Hyper, flags: Flags) -> Slots:
     """Means start at zero, the product at one."""
     return Slots(
         mu_product=jnp.ones((), at_least_float32(param.real.dtype)),
@@ -86,7 +94,7 @@ def init(param: Array, hyper: Any, flags: Any) -> Slots:
     )
 
 
-def scalars(step: Any, hyper: Any) -> Scalars:
+def scalars(step: Any, hyper: Hyper) -> Scalars:
     """The momenta, from half of beta1 up to beta1, and the bias correction."""
     beta1, beta2 = hyper.betas
     missing, next_missing = (0.5 * 0.96 ** (count * hyper.momentum_decay) for count in (step, step + 1))
@@ -106,7 +114,7 @@ def scalars(step: Any, hyper: Any) -> Scalars:
     )
 
 
-def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any) -> tuple[Array, Slots]:
+def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Flags) -> tuple[Array, Slots]:
     """One step."""
     param, grad = decay(param, grad, scalars, flags)
     product = slots.mu_product * scalars.mu

@@ -34,10 +34,27 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from optimjax.lift import factory
-from optimjax.numerics import bias_correction, decay, maximum, sqrt
 from optimjax.optimizer import Optimizer
-from optimjax.rule import Betas, Capturable, Decay, Differentiable, Epsilon, Flag, Foreach, LearningRate, Rule
+from optimjax.rule import (
+    Betas,
+    Capturable,
+    Decay,
+    Differentiable,
+    Epsilon,
+    Flag,
+    Flags,
+    Foreach,
+    Hyper,
+    LearningRate,
+    Moment,
+    Rule,
+    Square,
+    bias_correction,
+    decay,
+    factory,
+    maximum,
+    sqrt,
+)
 
 __all__ = ["RAdam", "radam"]
 
@@ -45,8 +62,8 @@ __all__ = ["RAdam", "radam"]
 class Slots(NamedTuple):
     """Kept for each parameter; each of its shape and dtype."""
 
-    exp_avg: Array  # m: running mean of the gradients
-    exp_avg_sq: Array  # v: running mean of their squares
+    exp_avg: Moment  # m: running mean of the gradients
+    exp_avg_sq: Square  # v: running mean of their squares
 
 
 class Scalars(NamedTuple):
@@ -64,12 +81,12 @@ class Scalars(NamedTuple):
     shrink: Any  # by which decoupled decay multiplies the parameter
 
 
-def init(param: Array, hyper: Any, flags: Any) -> Slots:
+def init(param: Array, hyper: Hyper, flags: Flags) -> Slots:
     """All zeros."""
     return Slots(exp_avg=jnp.zeros_like(param), exp_avg_sq=jnp.zeros_like(param))
 
 
-def scalars(step: Any, hyper: Any) -> Scalars:
+def scalars(step: Any, hyper: Hyper) -> Scalars:
     """Bias corrections and rectification."""
     beta1, beta2 = hyper.betas
     rho, limit = length(step, beta2), 2 / (1 - beta2) - 1
@@ -114,7 +131,7 @@ def langevin(z: Any) -> Any:
     return z / (3 + tail)
 
 
-def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any) -> tuple[Array, Slots]:
+def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Flags) -> tuple[Array, Slots]:
     """One step."""
     param, grad = decay(param, grad, scalars, flags)
     exp_avg = scalars.beta1 * slots.exp_avg + scalars.one_minus_beta1 * grad

@@ -33,8 +33,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from optimjax.lift import factory
-from optimjax.numerics import coupled_decay, sqrt
 from optimjax.optimizer import Optimizer
 from optimjax.rule import (
     Capturable,
@@ -42,11 +40,18 @@ from optimjax.rule import (
     Differentiable,
     Epsilon,
     Flag,
+    Flags,
     Foreach,
+    Hyper,
     LearningRate,
+    Moment,
     NonNegative,
     Rule,
+    Square,
     Switch,
+    coupled_decay,
+    factory,
+    sqrt,
 )
 
 __all__ = ["RMSprop", "rmsprop"]
@@ -55,9 +60,9 @@ __all__ = ["RMSprop", "rmsprop"]
 class Slots(NamedTuple):
     """Kept for each parameter; each of its shape and dtype."""
 
-    square_avg: Array  # v: running mean of the squared gradients
-    momentum_buffer: Array | None  # b: decaying sum of the steps; None without momentum
-    grad_avg: Array | None  # running mean of the gradients; None unless centered
+    square_avg: Square  # v: running mean of the squared gradients
+    momentum_buffer: Moment | None  # b: decaying sum of the steps; None without momentum
+    grad_avg: Moment | None  # running mean of the gradients; None unless centered
 
 
 class Scalars(NamedTuple):
@@ -71,7 +76,7 @@ class Scalars(NamedTuple):
     momentum: Any
 
 
-def init(param: Array, hyper: Any, flags: Any) -> Slots:
+def init(param: Array, hyper: Hyper, flags: Flags) -> Slots:
     """All zeros."""
     return Slots(
         square_avg=jnp.zeros_like(param),
@@ -80,12 +85,12 @@ def init(param: Array, hyper: Any, flags: Any) -> Slots:
     )
 
 
-def scalars(step: Any, hyper: Any) -> Scalars:
+def scalars(step: Any, hyper: Hyper) -> Scalars:
     """Nothing depends on the step."""
     return Scalars(hyper.lr, hyper.alpha, 1 - hyper.alpha, hyper.eps, hyper.weight_decay, hyper.momentum)
 
 
-def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any) -> tuple[Array, Slots]:
+def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Flags) -> tuple[Array, Slots]:
     """One step."""
     grad = coupled_decay(param, grad, scalars, flags)
     square_avg = scalars.alpha * slots.square_avg + scalars.one_minus_alpha * grad * grad

@@ -31,9 +31,22 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optimjax.lift import factory
 from optimjax.optimizer import Optimizer
-from optimjax.rule import Capturable, Differentiable, Flag, Foreach, LearningRate, Numeric, Pair, Rule
+from optimjax.rule import (
+    Capturable,
+    Differentiable,
+    Flag,
+    Flags,
+    Foreach,
+    Hyper,
+    LearningRate,
+    Moment,
+    Numeric,
+    Pair,
+    Rule,
+    Weights,
+    factory,
+)
 
 __all__ = ["Rprop", "rprop"]
 
@@ -44,8 +57,8 @@ Etas = Annotated[Pair, Numeric(items=(Numeric(above=0, below=1, message=_MESSAGE
 class Slots(NamedTuple):
     """Kept for each parameter; each of its shape and dtype."""
 
-    prev: Array  # the last gradient; 0 where its sign had turned
-    step_size: Array  # eta: how far each element moves
+    prev: Moment  # the last gradient; 0 where its sign had turned
+    step_size: Weights  # eta: how far each element moves
 
 
 class Scalars(NamedTuple):
@@ -57,7 +70,7 @@ class Scalars(NamedTuple):
     largest: Any
 
 
-def init(param: Array, hyper: Any, flags: Any) -> Slots:
+def init(param: Array, hyper: Hyper, flags: Flags) -> Slots:
     """Steps of the learning rate, in both parts of a complex parameter; it is used nowhere else."""
     size = jnp.full_like(param.real, hyper.lr)
     return Slots(
@@ -66,12 +79,12 @@ def init(param: Array, hyper: Any, flags: Any) -> Slots:
     )
 
 
-def scalars(step: Any, hyper: Any) -> Scalars:
+def scalars(step: Any, hyper: Hyper) -> Scalars:
     """The two pairs."""
     return Scalars(*hyper.etas, *hyper.step_sizes)
 
 
-def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any) -> tuple[Array, Slots]:
+def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Flags) -> tuple[Array, Slots]:
     """One step."""
     turn = sign(grad) * sign(slots.prev)  # not the sign of the product, which may underflow
     factor = jnp.where(turn > 0, scalars.eta_plus, jnp.where(turn < 0, scalars.eta_minus, 1))

@@ -27,10 +27,24 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from optimjax.lift import factory
-from optimjax.numerics import coupled_decay, where
 from optimjax.optimizer import Optimizer
-from optimjax.rule import Decay, Differentiable, Flag, Foreach, Fused, LearningRate, Rule, Skippable, Switch
+from optimjax.rule import (
+    Decay,
+    Differentiable,
+    Flag,
+    Flags,
+    Foreach,
+    Fused,
+    Hyper,
+    LearningRate,
+    Moment,
+    Rule,
+    Skippable,
+    Switch,
+    coupled_decay,
+    factory,
+    where,
+)
 
 __all__ = ["SGD", "sgd"]
 
@@ -38,7 +52,7 @@ __all__ = ["SGD", "sgd"]
 class Slots(NamedTuple):
     """Kept for each parameter, of its shape and dtype."""
 
-    momentum_buffer: Array | None  # b: decaying sum of the gradients; None without momentum
+    momentum_buffer: Moment | None  # b: decaying sum of the gradients; None without momentum
 
 
 class Scalars(NamedTuple):
@@ -50,7 +64,7 @@ class Scalars(NamedTuple):
     weight_decay: Any
 
 
-def check(hyper: Any, flags: Any) -> None:
+def check(hyper: Hyper, flags: Flags) -> None:
     """PyTorch's condition for Nesterov momentum."""
     if flags.nesterov and (not flags.momentum or flags.dampening):
         raise ValueError(
@@ -59,17 +73,17 @@ def check(hyper: Any, flags: Any) -> None:
         )
 
 
-def init(param: Array, hyper: Any, flags: Any) -> Slots:
+def init(param: Array, hyper: Hyper, flags: Flags) -> Slots:
     """A buffer of zeros, which the first update fills with the gradient."""
     return Slots(momentum_buffer=jnp.zeros_like(param) if flags.momentum else None)
 
 
-def scalars(step: Any, hyper: Any) -> Scalars:
+def scalars(step: Any, hyper: Hyper) -> Scalars:
     """The first gradient enters the buffer whole."""
     return Scalars(hyper.lr, hyper.momentum, where(step > 1, 1 - hyper.dampening, 1.0), hyper.weight_decay)
 
 
-def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any) -> tuple[Array, Slots]:
+def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Flags) -> tuple[Array, Slots]:
     """One step."""
     grad = coupled_decay(param, grad, scalars, flags)
     buffer = slots.momentum_buffer

@@ -29,11 +29,23 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optimjax.lift import factory
-from optimjax.numerics import bias_correction, sqrt
+from optimjax._core.sparse import is_sparse
 from optimjax.optimizer import Optimizer
-from optimjax.rule import Betas, Epsilon, Flag, LearningRate, Numeric, Rule
-from optimjax.sparse import is_sparse
+from optimjax.rule import (
+    Betas,
+    Epsilon,
+    Flag,
+    Flags,
+    Hyper,
+    LearningRate,
+    Moment,
+    Numeric,
+    Rule,
+    Square,
+    bias_correction,
+    factory,
+    sqrt,
+)
 
 __all__ = ["SparseAdam", "sparse_adam"]
 
@@ -44,33 +56,33 @@ PositiveEpsilon = Annotated[Epsilon, Numeric(above=0, message="Invalid epsilon v
 class Slots(NamedTuple):
     """Kept for each parameter; each dense, of its shape and dtype."""
 
-    exp_avg: Array  # m: running mean of the gradients
-    exp_avg_sq: Array  # v: running mean of their squares
+    exp_avg: Moment  # m: running mean of the gradients
+    exp_avg_sq: Square  # v: running mean of their squares
 
 
 class Scalars(NamedTuple):
     """What the step and the hyperparameters alone decide."""
 
     beta1: Any
-    one_minus_beta1: Any  # kept beside beta1, for 1 - 0.999 in float32 has four digits
+    one_minus_beta1: Any  # stored separately: 1 - 0.999 in float32 keeps only four digits
     beta2: Any
     one_minus_beta2: Any
     step_size: Any  # lr times the root of the second bias correction, over the first
     eps: Any
 
 
-def check_param(param: Array, flags: Any) -> None:
+def check_param(param: Array, flags: Flags) -> None:
     """PyTorch's condition."""
     if jnp.iscomplexobj(param):
         raise ValueError("SparseAdam does not support complex parameters")
 
 
-def init(param: Array, hyper: Any, flags: Any) -> Slots:
+def init(param: Array, hyper: Hyper, flags: Flags) -> Slots:
     """All zeros."""
     return Slots(exp_avg=jnp.zeros_like(param), exp_avg_sq=jnp.zeros_like(param))
 
 
-def scalars(step: Any, hyper: Any) -> Scalars:
+def scalars(step: Any, hyper: Hyper) -> Scalars:
     """Bias corrections are in the step size."""
     beta1, beta2 = hyper.betas
     return Scalars(
@@ -83,7 +95,7 @@ def scalars(step: Any, hyper: Any) -> Scalars:
     )
 
 
-def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any) -> tuple[Array, Slots]:
+def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Flags) -> tuple[Array, Slots]:
     """One step of the entries that the gradient names."""
     exp_avg = scalars.beta1 * slots.exp_avg + scalars.one_minus_beta1 * grad
     exp_avg_sq = scalars.beta2 * slots.exp_avg_sq + scalars.one_minus_beta2 * grad * grad
@@ -91,11 +103,11 @@ def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Any
 
 
 class SparseAdam(Optimizer):
-    """Adam for sparse gradients, as ``torch.optim.SparseAdam``: a step costs what it touches, not what there is.
+    """Adam for sparse gradients, as ``torch.optim.SparseAdam``: its cost grows with the rows touched, not the table.
 
     A gradient is a ``jax.experimental.sparse.BCOO`` with the parameter's shape and ``n_batch=0``. Its sparse axes name
     entries, for an embedding table its rows; ``n_sparse`` may be any number of the leading axes. Values of duplicates
-    are summed, indices beyond the end are padding. A gradient with another number of indices (``nse``) compiles anew.
+    are summed, indices beyond the end are padding. A gradient with another number of indices (``nse``) compiles again.
 
     Differentiating by a whole table gives a dense gradient. Differentiate by the rows that were looked up instead:
     their gradients and the ids together are the sparse one, as below.

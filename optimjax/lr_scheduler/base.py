@@ -3,15 +3,16 @@
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from optimjax import schedules
+from optimjax._core.containers import copied, plain
+from optimjax._facade.optimizer import Optimizer
 from optimjax.lr_scheduler.entries import by_group, checked, is_number, like, shown
-from optimjax.optimizer import Optimizer
-from optimjax.state_dict import copied, plain
 
 __all__ = [
     "LRScheduler",
@@ -46,7 +47,7 @@ class LRScheduler:
         said of learning rates holds for it; ``initial_weight_decay`` then is what ``initial_lr`` is for the rate.
 
     Raises:
-      TypeError: not an optimizer, or a key that is no number of its groups.
+      TypeError: not an optimizer, or a key that is not a number in its groups.
       KeyError: resuming with ``last_epoch`` where a group has no ``initial_lr``.
 
     >>> import jax.numpy as jnp, optimjax as optim
@@ -89,8 +90,8 @@ class LRScheduler:
             self.base_lrs: list[Rate] = []
             self._adopt_groups()
             self.last_epoch = last_epoch
-            if not optimizer._scheduled:  # steps before the first scheduler do not count for the warning of `step`
-                optimizer._scheduled, optimizer._step_called = True, False
+            if not optimizer._record.attached:  # steps before the first scheduler do not count for `step`'s warning
+                optimizer._record = replace(optimizer._record, attached=True, stepped=False)
             self._initial_step()
 
     def _check_arguments(self) -> None:
@@ -102,7 +103,8 @@ class LRScheduler:
 
     def _schedule(self, optimizer: Optimizer, key: str) -> None:
         self.optimizer = optimizer
-        structural = optimizer.hyperparameters.kinds.keys() - set(optimizer.hyperparameters.numeric)
+        hyperparameters = optimizer.definition.hyperparameters
+        structural = hyperparameters.kinds.keys() - set(hyperparameters.numeric)
         for index, group in enumerate(optimizer.param_groups):
             if key in structural or not is_number(group.get(key)):
                 raise TypeError(
@@ -152,14 +154,15 @@ class LRScheduler:
     def _load(self, state_dict: dict[str, Any]) -> None:
         vars(self).update(state_dict)
         optimizer = self.optimizer
-        noted = [dict(built) for built in optimizer._built]
+        record = optimizer._record
+        noted = [dict(built) for built in record.built]
         for group, built, rate in zip(optimizer.param_groups, noted, self._last_lr, strict=False):
             for name, (before, after) in built.items():
                 if group.get(name) is after:
-                    value = before if optimizer._loaded else rate if name == self.key else after
+                    value = before if record.loaded else rate if name == self.key else after
                     write(group, name, value)
                     built[name] = value, group[name]
-        optimizer._built = noted
+        optimizer._record = replace(record, built=noted)
 
     def get_last_lr(self) -> list[Rate]:
         """The learning rates that the last step set, one for each group."""
@@ -175,7 +178,7 @@ class LRScheduler:
         Args:
           epoch: jump to this epoch instead. Deprecated, as in PyTorch.
         """
-        if self._step_count == 1 and not self.optimizer._step_called:
+        if self._step_count == 1 and not self.optimizer._record.stepped:
             warnings.warn(
                 "Detected call of `lr_scheduler.step()` before `optimizer.step()`. Call them in the opposite order: "
                 "`optimizer.step()` before `lr_scheduler.step()`. Otherwise the first value of the learning rate "
@@ -304,14 +307,14 @@ class Snapshot:
             changing += [vars(scheduler), *(vars(function) for function in _functions(scheduler))]
         self._kept = [(present, dict(present)) for present in changing]
         self._optimizer = optimizer
-        self._record = optimizer._built, optimizer._scheduled, optimizer._step_called  # the first is never edited
+        self._record = optimizer._record
 
     def restore(self) -> None:
         """Put everything back."""
         for present, kept in self._kept:
             present.clear()
             present.update(kept)
-        self._optimizer._built, self._optimizer._scheduled, self._optimizer._step_called = self._record
+        self._optimizer._record = self._record
 
 
 def _functions(scheduler: "LRScheduler") -> Iterator[Any]:
@@ -358,7 +361,8 @@ def building(optimizer: Any, schedulers: Iterable["LRScheduler"] = ()) -> Iterat
         raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
     snapshot = Snapshot(optimizer, schedulers)
     before = [dict(group) for group in optimizer.param_groups]
-    earlier = [dict(built) for built in optimizer._built] + [{} for _ in before[len(optimizer._built) :]]
+    noted = [dict(built) for built in optimizer._record.built]
+    earlier = noted + [{} for _ in before[len(noted) :]]
     try:
         yield
         for group, old, built in zip(optimizer.param_groups, before, earlier, strict=True):
@@ -366,7 +370,7 @@ def building(optimizer: Any, schedulers: Iterable["LRScheduler"] = ()) -> Iterat
                 # Of schedulers built one after the other, the first has found what was there before.
                 first, last = built.get(name, (None, None))
                 built[name] = first if last is value else value, group[name]
-        optimizer._built = earlier
+        optimizer._record = replace(optimizer._record, built=earlier)
     except BaseException:
         snapshot.restore()
         raise

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, SupportsFloat
 
+from optimjax._facade.optimizer import Optimizer
 from optimjax.lr_scheduler.base import LRScheduler, Rate, building, nested, unless_it_fails, without_warnings
 from optimjax.lr_scheduler.entries import entry_error, is_number
-from optimjax.optimizer import Optimizer
 
 __all__ = ["ChainedScheduler", "SequentialLR"]
 

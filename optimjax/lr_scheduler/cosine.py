@@ -3,8 +3,8 @@
 import math
 
 from optimjax import schedules
+from optimjax._facade.optimizer import Optimizer
 from optimjax.lr_scheduler.base import LRScheduler, Rate, check_number, unless_it_fails
-from optimjax.optimizer import Optimizer
 
 __all__ = ["CosineAnnealingLR", "CosineAnnealingWarmRestarts"]
 
@@ -97,7 +97,7 @@ class CosineAnnealingWarmRestarts(LRScheduler):
       key: which number of the groups is scheduled.
 
     Raises:
-      ValueError: ``T_0`` or ``T_mult`` is no integer or too small, ``eta_min`` is no number.
+      ValueError: ``T_0`` or ``T_mult`` is not an integer or too small, ``eta_min`` is not a number.
 
     >>> import jax.numpy as jnp, optimjax as optim
     >>> optimizer = optim.SGD([jnp.ones(2)], lr=1.0)

@@ -5,6 +5,8 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from optimjax import schedules
+from optimjax._core.containers import plain
+from optimjax._facade.optimizer import Optimizer
 from optimjax.lr_scheduler.base import (
     LRScheduler,
     Rate,
@@ -16,8 +18,6 @@ from optimjax.lr_scheduler.base import (
     write,
 )
 from optimjax.lr_scheduler.entries import entry_error
-from optimjax.optimizer import Optimizer
-from optimjax.state_dict import plain
 
 __all__ = ["CyclicLR", "OneCycleLR"]
 

@@ -5,15 +5,13 @@ import reprlib
 import textwrap
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
-from optimjax.state_dict import as_dict, plain
-
-if TYPE_CHECKING:
-    from optimjax.lr_scheduler.base import LRScheduler
+from optimjax._core.containers import plain
+from optimjax._facade.state_dict import as_dict
 
 __all__ = ["by_group", "checked", "entry_error", "is_number", "like", "shown"]
 
@@ -36,7 +34,7 @@ def arguments(cls: type) -> list[str]:
 # --- State dicts ----------------------------------------------------------------------------------------------------
 
 
-def checked(scheduler: "LRScheduler", state_dict: Any) -> dict[str, Any]:
+def checked(scheduler: Any, state_dict: Any) -> dict[str, Any]:
     """A state dict of plain values that fit the scheduler.
 
     A value must be of the kind that the scheduler has there now. Of a user's class only the entries of the class above
@@ -115,7 +113,7 @@ def is_number(value: Any) -> bool:
 # --- Showing --------------------------------------------------------------------------------------------------------
 
 
-def shown(scheduler: "LRScheduler") -> str:
+def shown(scheduler: Any) -> str:
     """``StepLR(step_size=30, gamma=0.1) at epoch 3: lr [0.1]``; one that is half built shows what it has."""
     text, present = described(scheduler), vars(scheduler)
     if "last_epoch" in present:
@@ -125,7 +123,7 @@ def shown(scheduler: "LRScheduler") -> str:
     return text
 
 
-def described(scheduler: "LRScheduler") -> str:
+def described(scheduler: Any) -> str:
     """The call that makes such a scheduler, with those of its arguments that it keeps."""
     name, inside = type(scheduler).__name__, vars(scheduler).get("_schedulers", ())
     words = [f"{argument}={_text(value)}" for argument, value in _values(scheduler).items()]
@@ -137,7 +135,7 @@ def described(scheduler: "LRScheduler") -> str:
     return f"{name}(\n{textwrap.indent(''.join(lines), '    ')})"
 
 
-def _values(scheduler: "LRScheduler") -> dict[str, Any]:
+def _values(scheduler: Any) -> dict[str, Any]:
     """The arguments, kept under their own name, a private one, or as a list with a value for each group."""
     present, values = vars(scheduler), {}
     try:

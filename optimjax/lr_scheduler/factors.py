@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from optimjax import schedules
+from optimjax._core.containers import plain
+from optimjax._facade.optimizer import Optimizer
 from optimjax.lr_scheduler.base import LRScheduler, Rate, attributes_of, building, check_number, extended, times
 from optimjax.lr_scheduler.entries import entry_error
-from optimjax.optimizer import Optimizer
-from optimjax.state_dict import plain
 
 __all__ = [
     "ConstantLR",

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from optimjax._core.containers import copied
+from optimjax._facade.optimizer import Optimizer
 from optimjax.lr_scheduler.base import write
-from optimjax.optimizer import Optimizer
-from optimjax.state_dict import copied
 
 __all__ = ["find_lr"]
 
@@ -68,7 +68,9 @@ def find_lr(
         optimizer.donate = False  # or the parameters that are to be put back would be gone
         for rate, batch in zip(rates, _again_and_again(batches), strict=False):
             args = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-            before.note_variables(optimizer._captured(optimizer._loss_function(loss_fn), args).variables)
+            before.note_variables(
+                optimizer._stepper.variables(optimizer.param_groups, optimizer._handed, loss_fn, args)
+            )
             for group in optimizer.param_groups:
                 write(group, "lr", float(rate))
             losses.append(float(optimizer.step(loss_fn, *args)))

@@ -3,9 +3,9 @@
 from typing import Literal, SupportsFloat
 
 from optimjax import schedules
+from optimjax._core.definition import as_number
+from optimjax._facade.optimizer import Optimizer
 from optimjax.lr_scheduler.base import LRScheduler, building, unless_it_fails, warn_of_epoch, write
-from optimjax.optimizer import Optimizer
-from optimjax.step import concrete
 
 __all__ = ["ReduceLROnPlateau"]
 
@@ -133,7 +133,7 @@ class ReduceLROnPlateau(LRScheduler):
                 )
             self.min_lrs = [self.default_min_lr] * len(groups)
         for group, lowest in zip(groups, self.min_lrs, strict=True):
-            write(group, self.key, schedules.reduced(concrete(group[self.key]), self.factor, lowest, self.eps))
+            write(group, self.key, schedules.reduced(as_number(group[self.key]), self.factor, lowest, self.eps))
 
     def _initial_step(self) -> None:
         self.last_epoch = 0

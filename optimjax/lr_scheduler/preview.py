@@ -5,8 +5,8 @@ from typing import Any, SupportsFloat
 
 import numpy as np
 
+from optimjax._core.definition import as_number
 from optimjax.lr_scheduler.base import LRScheduler, Snapshot, nested, without_warnings
-from optimjax.step import concrete
 
 __all__ = ["preview"]
 
@@ -43,7 +43,7 @@ def preview(scheduler: LRScheduler, steps: int, metrics: Sequence[SupportsFloat]
     try:
         with without_warnings():
             for row in range(steps):
-                rates[row] = [concrete(rate) for rate in scheduler._rates()]
+                rates[row] = [as_number(rate) for rate in scheduler._rates()]
                 if row + 1 < steps:
                     each.step(*([None if metrics is None else metrics[row]] if scheduler.takes_metric else []))
     finally:

@@ -1,4 +1,4 @@
-"""Differentiate a loss function with respect to boxes, in one compiled program.
+"""Differentiate a loss function with respect to parameters, in one compiled program.
 
 A call ``loss_fn(*arguments)`` is cut into what is differentiated (the boxes' arrays), what is only traced (other
 arrays and numbers, other variables of ``flax.nnx`` modules) and what is static (functions, strings, the structure of
@@ -22,13 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from optimjax.handover import Program
-from optimjax.interned import interned
-from optimjax.parameter import Parameter, value_of
-from optimjax.placement import pin, pinned
-from optimjax.step import Updates, update_each
-from optimjax.tree import dotted, from_tensor
-from optimjax.variable import VariableParameter, is_nnx, nnx
+from optimjax._core.containers import own_memory
+from optimjax._core.foreign import from_tensor, is_nnx, nnx
+from optimjax._core.tree import dotted
+from optimjax._engine.bucket import Updates, update_each
+from optimjax._engine.handover import Program
+from optimjax._engine.interned import interned
+from optimjax._params.parameter import Parameter, value_of
+from optimjax._params.variable import VariableParameter
+from optimjax._storage.placement import pin, pinned
 
 __all__ = [
     "Capture",
@@ -36,7 +38,6 @@ __all__ = [
     "LossCall",
     "LossFunction",
     "LossFunctions",
-    "own_memory",
     "takes_no_arguments",
     "update_from_loss",
     "value_and_grad",
@@ -52,7 +53,7 @@ Role = tuple[str, Any]
 class Cut:
     """The static description of a call: from it and the arrays, a compiled function puts the arguments together.
 
-    Equal ones are one object, see :func:`optimjax.interned.interned`.
+    Equal ones are one object, see :func:`optimjax._engine.interned.interned`.
     """
 
     treedef: Any  # of the arguments, with modules and boxes as leaves
@@ -61,7 +62,7 @@ class Cut:
     state_treedef: Any
     state_roles: tuple[Role, ...]  # for each array of the modules
     types: tuple[type, ...]  # of the static leaves, because 1 == True == 1.0
-    pins: tuple[Any, ...] = ()  # where the modules' arrays must stay, see :func:`optimjax.placement.pin`
+    pins: tuple[Any, ...] = ()  # where the modules' arrays must stay, see :func:`optimjax._storage.placement.pin`
 
     def pinned(self, pins: tuple[Any, ...]) -> "Cut":
         """The same with these pins."""
@@ -235,8 +236,10 @@ class LossFunctions:
         """The loss function of this callable.
 
         Raises:
-          TypeError: it has no hash.
+          TypeError: it cannot be called, or has no hash.
         """
+        if not callable(function):
+            raise TypeError(f"loss_fn must be callable, got {type(function).__name__}: {function!r}")
         found = self.find(function)
         if found is None:
             try:
@@ -334,11 +337,6 @@ class Capture:
         return Capture, ()  # what is remembered goes by identity
 
 
-def own_memory(x: Any) -> Any:
-    """The array; one of NumPy, which may be written to, as a copy."""
-    return x.copy() if isinstance(x, np.ndarray) else x
-
-
 def _kind(leaf: Any, fixed: bool) -> Role:
     """A leaf's role before it is known which boxes are wanted, and what a remembered cut depends on."""
     if isinstance(leaf, Parameter):
@@ -425,8 +423,8 @@ def _evaluate(loss_fn: Callable[..., Any], cut: Cut, has_aux: bool, differentiat
         loss, aux = result if has_aux else (result, None)
         if not hasattr(loss, "dtype") and not isinstance(loss, (int, float)):
             raise TypeError(
-                f"the loss function must return a scalar, got a {type(loss).__name__}; what else it returns beside the "
-                "loss is for backward(..., has_aux=True)"
+                f"the loss function must return a scalar, got a {type(loss).__name__}; what else it returns "
+                "is for backward(..., has_aux=True)"
             )
         # Within a derivative, what depends on a parameter is a tracer of the same kind.
         if not isinstance(loss, type(differentiated[0])):

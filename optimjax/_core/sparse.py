@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from optimjax.numerics import widened
+from optimjax._core.numerics import widened
 
 if TYPE_CHECKING:
     from jax.experimental.sparse import BCOO

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optimjax.tree import from_tensor
+from optimjax._core.foreign import from_tensor
 
 __all__ = ["load", "save"]
 

@@ -1,21 +1,18 @@
 """Boxes bound to the variables of ``flax.nnx`` modules."""
 
 import copy
-import sys
 import weakref
-from collections.abc import Iterator, ValuesView
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax import Array
 
-from optimjax.parameter import Parameter, flatten, unflatten
-from optimjax.tree import dotted, is_inexact_array
+from optimjax._core.foreign import is_nnx, nnx
+from optimjax._core.tree import dotted, is_inexact_array
+from optimjax._params.parameter import Parameter, flatten, unflatten
 
-__all__ = ["OPAQUE", "VariableParameter", "box_of", "holds_nnx", "is_nnx", "is_variable", "module_parameters", "nnx"]
-
-
-OPAQUE = (Iterator, ValuesView)  # what JAX warns of where it takes it for a leaf
+__all__ = ["VariableParameter", "box_of", "module_parameters"]
 
 
 class VariableParameter(Parameter):
@@ -76,26 +73,6 @@ def _restore_variable_parameter(variable: Any, name: str, requires_grad: bool, g
 jax.tree_util.register_pytree_node(VariableParameter, flatten, unflatten)
 
 
-def nnx() -> Any:
-    """``flax.nnx`` if anyone has imported it, else ``None``: only then can an object be one of its modules."""
-    return sys.modules.get("flax.nnx")
-
-
-def is_variable(x: Any) -> bool:
-    """Whether this is a ``flax.nnx`` variable."""
-    return nnx() is not None and isinstance(x, nnx().Variable)
-
-
-def is_nnx(x: Any) -> bool:
-    """Whether this is a ``flax.nnx`` module, container or variable."""
-    return nnx() is not None and isinstance(x, (nnx().Pytree, nnx().Variable))
-
-
-def holds_nnx(tree: Any) -> bool:
-    """Whether there are such objects in a tree."""
-    return any(map(is_nnx, jax.tree.leaves(tree, is_leaf=lambda x: is_nnx(x) or isinstance(x, OPAQUE))))
-
-
 # The same variable always has the same box, so that `set(map(id, optim.parameters(module)))` selects as in PyTorch.
 # Variables take neither attributes nor weak references, so a box lives as long as a module that holds its variable:
 # the box keeps the variable (its id stays taken), the module's entry in `_keepers` keeps the box. The entry goes by id,
@@ -150,7 +127,7 @@ def _check_untrained(name: str, value: Any) -> None:
 
 
 def _variables(module: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """The parameters of a module, or the one that is no module's: path, variable and the module that holds it."""
+    """The parameters of a module, or the one that belongs to no module: path, variable and the module that holds it."""
     flax_nnx = nnx()
     if isinstance(module, flax_nnx.Param):
         yield (), module, None

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
 
-from optimjax.numerics import at_least_float32
-from optimjax.tree import flatten_params
+from optimjax._core.numerics import at_least_float32
+from optimjax._core.tree import flatten_params
 
 __all__ = ["Averaging", "AveragingState", "Exponential", "Uniform", "average", "ema", "swa"]
 

@@ -1,4 +1,4 @@
-"""What a user hands in as ``params``, and how it becomes boxes.
+"""What a user hands in as ``params``, and how it becomes parameters.
 
 Three kinds of things can be handed in, each a *source*: a pytree (:class:`TreeSource`), a ``flax.nnx`` module
 (:class:`ModuleSource`), boxes (:class:`BoxSource`). A source lists its boxes, shows the user's view of them
@@ -12,18 +12,11 @@ from typing import Any
 
 import jax
 
-from optimjax.parameter import Parameter, value_of
-from optimjax.sparse import is_sparse
-from optimjax.tree import (
-    distinct_names,
-    dotted,
-    is_inexact_array,
-    is_torch_module,
-    match,
-    names,
-    structure_error,
-)
-from optimjax.variable import OPAQUE, VariableParameter, box_of, holds_nnx, is_nnx, is_variable, module_parameters, nnx
+from optimjax._core.foreign import OPAQUE, holds_nnx, is_nnx, is_torch_module, is_variable, nnx
+from optimjax._core.sparse import is_sparse
+from optimjax._core.tree import distinct_names, dotted, is_inexact_array, match, names, structure_error
+from optimjax._params.parameter import Parameter, value_of
+from optimjax._params.variable import VariableParameter, box_of, module_parameters
 
 __all__ = [
     "BoxSource",
@@ -64,8 +57,8 @@ def named_parameters(module: Any) -> Iterator[tuple[str, Parameter]]:
             if is_inexact_array(leaf) or isinstance(leaf, Parameter):
                 kind = "an optim.Parameter" if isinstance(leaf, Parameter) else "an array"
                 raise TypeError(
-                    f"parameter {dotted(path)!r} is {kind} beside flax.nnx modules, which are updated in place: make "
-                    "it an nnx.Param"
+                    f"parameter {dotted(path)!r} is {kind} alongside flax.nnx modules, which are updated in place: "
+                    "make it an nnx.Param"
                 )
         yield from module_parameters(module)
     else:
@@ -105,7 +98,7 @@ class Source:
 
     @property
     def bound(self) -> bool:
-        """Whether the boxes belong to a module that the user passes to the loss function himself."""
+        """Whether the parameters belong to a module that the caller passes to the loss function explicitly."""
         return False
 
     def view(self) -> Any:
@@ -130,7 +123,7 @@ class Source:
 
 
 class TreeSource(Source):
-    """A pytree: the optimizer has its own boxes; leaves that are no floating arrays pass through untouched."""
+    """A pytree: the optimizer has its own parameters; leaves that are not floating-point arrays pass through."""
 
     def __init__(self, tree: Any):
         paths, self._treedef = _checked_leaves(tree, lambda x: isinstance(x, Parameter))
@@ -144,7 +137,7 @@ class TreeSource(Source):
         self.parameters = [box for _, box in named]
 
     def __reduce__(self) -> Any:
-        # A tree copies and pickles as its classes do; what a treedef has of them may not (the sentinels of Equinox).
+        # Rebuild from the tree: treedefs may hold objects that do not pickle, such as the sentinels of Equinox.
         return TreeSource, (self.boxed(),)
 
     def view(self) -> Any:
@@ -323,8 +316,8 @@ def source_of(params: Any) -> Source:
     """The source of what a user handed in as ``params`` of an optimizer or of one group.
 
     Raises:
-      TypeError: an unordered set, boxes inside a tree, arrays beside ``flax.nnx`` modules, PyTorch tensors, generators
-        in a list or dict; an ``nnx.Param`` that holds a tree.
+      TypeError: an unordered set, parameters inside a tree, arrays alongside ``flax.nnx`` modules, PyTorch tensors,
+        generators in a list or dict; an ``nnx.Param`` that holds a tree.
     """
     if isinstance(params, (set, frozenset)):
         raise TypeError(

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from optimjax.parameter import Parameter
-from optimjax.source import Source, source_of
+from optimjax._params.parameter import Parameter
+from optimjax._params.source import Source, source_of
 
 __all__ = ["ParameterGroups", "group_parameters"]
 
@@ -94,7 +94,7 @@ def group_parameters(params: Any, rules: Sequence[Mapping[str, Any]]) -> Paramet
 
 
 def _names(params: Any) -> Any:
-    """Names alone, for arrays would hide what went where; what the user has added himself as it is."""
+    """Names only, so that the assignment is readable; items that the user added are unchanged."""
     return [item[0] if isinstance(item, tuple) else item for item in params] if isinstance(params, list) else params
 
 

@@ -1,6 +1,5 @@
 """Trees of parameters and of gradients: flattening, names of leaves, and gradients that do not fit."""
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,8 +9,8 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from optimjax.placement import sharding_of
-from optimjax.sparse import addressed, is_sparse
+from optimjax._core.sparse import addressed, is_sparse
+from optimjax._storage.placement import sharding_of
 
 __all__ = [
     "check_gradient",
@@ -19,9 +18,7 @@ __all__ = [
     "distinct_names",
     "dotted",
     "flatten_params",
-    "from_tensor",
     "is_inexact_array",
-    "is_torch_module",
     "kind_of",
     "match",
     "names",
@@ -32,23 +29,6 @@ __all__ = [
 def dotted(path: Sequence[Any]) -> str:
     """A leaf's path as PyTorch writes names: ``layers.0.kernel``."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator=".")
-
-
-def is_torch_module(x: Any) -> bool:
-    """Whether this is a module of PyTorch, which is looked for only if somebody has imported it."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(x, torch.nn.Module)
-
-
-def from_tensor(x: Any) -> Any:
-    """The array of a PyTorch tensor; anything else as it is."""
-    if not hasattr(x, "detach"):
-        return x
-    tensor = x.detach().cpu()
-    try:
-        return tensor.numpy()
-    except TypeError:  # bfloat16, which NumPy lacks
-        return jnp.array(jnp.from_dlpack(tensor.contiguous()), copy=True)
 
 
 def copied_array(array: Array) -> Array:
@@ -73,7 +53,7 @@ def is_inexact_array(leaf: Any) -> bool:
 
 
 def kind_of(leaf: Any) -> str:
-    """For messages: what a leaf is that is no such array."""
+    """For messages: what a leaf is if it is not such an array."""
     return f"{leaf.dtype} array" if isinstance(leaf, _ARRAYS) else type(leaf).__name__
 
 
@@ -108,7 +88,7 @@ def match(treedef: Any, grads: Any, names: Callable[[], Sequence[str]]) -> list[
     try:
         return treedef.flatten_up_to(grads)
     except ValueError as error:
-        # None is a leaf here: a missing gradient is no difference of structure.
+        # None is a leaf here: a missing gradient is not a difference of structure.
         paths = jax.tree_util.tree_flatten_with_path(grads, is_leaf=lambda x: x is None or is_sparse(x))[0]
         for path, leaf in paths:
             below = [name for name in names() if not path or name.startswith(f"{dotted(path)}.")]
@@ -134,7 +114,7 @@ def check_gradient(name: Callable[[], str], param: Any, grad: Any) -> None:
     Raises:
       ValueError: the shapes differ (nothing is broadcast); a sparse gradient has batch axes, or more entries to choose
         from than integers can count.
-      TypeError: the gradient is no floating array, or complex for a real parameter.
+      TypeError: the gradient is not a floating-point array, or is complex for a real parameter.
     """
     if not isinstance(grad, (jax.Array, np.ndarray, np.generic, float, complex)) and not is_sparse(grad):
         raise TypeError(f"gradient of {name()!r} must be an array or None, got {type(grad).__name__}: {grad!r}")

@@ -19,11 +19,11 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from optimjax.numerics import at_least_float32, widened
-from optimjax.optimizer import Optimizer
-from optimjax.parameter import Parameter
-from optimjax.sparse import Entries, coalesced, is_sparse, over_values
-from optimjax.tree import dotted, is_inexact_array, kind_of
+from optimjax._core.numerics import at_least_float32, widened
+from optimjax._core.sparse import Entries, coalesced, is_sparse, over_values
+from optimjax._core.tree import dotted, is_inexact_array, kind_of
+from optimjax._facade.optimizer import Optimizer
+from optimjax._params.parameter import Parameter
 
 __all__ = ["clip_grad_norm", "clip_grad_norm_", "clip_grad_value", "clip_grad_value_"]
 

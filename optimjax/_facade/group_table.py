@@ -3,46 +3,44 @@
 import html
 import inspect
 import itertools
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from optimjax.step import ParameterState
-
-if TYPE_CHECKING:
-    from optimjax.optimizer import Optimizer
+from optimjax._engine.state import ParameterState
 
 __all__ = ["table"]
 
 NAMES = 3  # shown of a group's parameters
 
 
-def table(optimizer: "Optimizer") -> str:
+def table(cls: type, groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any], defaults: Mapping[str, Any]) -> str:
     """A row for each group: its parameters, their number of elements, the bytes of their state, its options.
 
     Options that every group has as PyTorch's default are left out, but for the learning rate.
     """
-    groups = optimizer.param_groups
     keys = [key for key in dict.fromkeys(itertools.chain(*groups)) if key not in ("params", "param_names", "name")]
-    usual = optimizer.defaults | _usual(type(optimizer))  # an option that no argument sets is what it is
+    # Options that are not arguments of the constructor have no default to compare with.
+    usual = {**defaults, **_usual(cls)}
     shown = [key for key in keys if key == "lr" or any(_text(g.get(key)) != _text(usual.get(key)) for g in groups)]
     header = ["group", "parameters", "elements", "state bytes", *map(str, shown)]
     rows = []
     for index, group in enumerate(groups):
         boxes = group["params"]
-        state = sum(ParameterState.of(optimizer.state[box]).nbytes for box in boxes if box in optimizer.state)
+        kept = sum(ParameterState.of(state[box]).nbytes for box in boxes if box in state)
         cells = [
             str(group.get("name", index)),
             _names(group.get("param_names") or [box.name or str(box.shape) for box in boxes]),
             f"{sum(box.size for box in boxes):,}",
-            f"{state:,}",
+            f"{kept:,}",
             *(_text(group[key]) if key in group else "" for key in shown),
         ]
         rows.append(cells)
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    caption = f"<caption>{type(optimizer).__name__}</caption>"
+    caption = f"<caption>{cls.__name__}</caption>"
     return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 

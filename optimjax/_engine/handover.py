@@ -79,8 +79,9 @@ class Program:
 
     Args:
       function: the function.
-      static: how many of its first arguments are compiled in. JAX must not have to run Python code to compare them, for
-        it turns an interrupt there into another error; so they go by identity (:func:`optimjax.interned.interned`).
+      static: how many of its first arguments are compiled in. JAX must not have to run Python code to compare them,
+        because it turns an interrupt there into another error; so they go by identity, see
+        :func:`optimjax._engine.interned.interned`.
     """
 
     def __init__(self, function: Callable[..., Any], static: int):
@@ -216,6 +217,13 @@ class Handover:
         self._commit: Commit | None = None  # of the results
         self._pending: Iterator[Any] | None = None  # arguments of programs that are just being run
         self._count = 0  # of these programs
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Others wait meanwhile, and what may be looked at is complete; see :meth:`look`."""
+        with self.lock:
+            self.look()
+            yield
 
     def look(self) -> None:
         """Complete what may be looked at; the lock must be held.

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from optimjax.sparse import is_sparse
-from optimjax.tree import check_gradient, copied_array
+from optimjax._core.sparse import is_sparse
+from optimjax._core.tree import check_gradient, copied_array
 
 __all__ = ["Parameter", "flatten", "unflatten", "value_of"]
 
@@ -52,7 +52,7 @@ class Parameter:
         ``step(grads)`` and ``step(loss_fn)`` leave it and its state alone.
 
     Raises:
-      TypeError: the value is no floating array.
+      TypeError: the value is not a floating-point array.
 
     >>> import jax.numpy as jnp, optimjax as optim
     >>> w = optim.Parameter(jnp.array([3.0, 4.0]), name="w")
@@ -193,7 +193,7 @@ def _restore_parameter(value: Any, name: str | None, requires_grad: bool, grad: 
 
 
 def _add_operators() -> None:
-    """`w * x`, `x @ w`, `-w`, ...: a box in an expression stands for its value. Equality stays identity.
+    """`w * x`, `x @ w`, `-w`, ...: a parameter in an expression stands for its value. Equality stays identity.
 
     `w -= x` changes the box, as PyTorch does: an array in its place would leave the parameter as it was.
     """

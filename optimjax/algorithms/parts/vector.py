@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optimjax.numerics import at_least_float32
-from optimjax.placement import explicit, resharded
+from optimjax._core.numerics import at_least_float32
+from optimjax._storage.placement import explicit, resharded
 
 __all__ = ["Layout", "dot", "largest"]
 

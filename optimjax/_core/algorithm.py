@@ -1,7 +1,6 @@
-"""Lift a rule to a pure function over pytrees.
+"""An algorithm as pure functions over pytrees: ``init(params) -> state``, ``update(params, grads, state)``.
 
-``init(params) -> state`` and ``update(params, grads, state) -> (params, state)``, with hyperparameters that may be
-numbers, arrays, tracers, schedules or trees of these, resolved here for each leaf.
+Hyperparameters may be numbers, arrays, tracers, schedules or trees of these; here they are resolved for each leaf.
 """
 
 import functools
@@ -9,36 +8,38 @@ import inspect
 import re
 import reprlib
 from collections import namedtuple
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optimjax.placement import place, sharding_of
-from optimjax.rule import Hyperparameters, Numeric, Rule, apply_each, initial_slots, slot_types
-from optimjax.sparse import is_sparse
-from optimjax.tree import check_gradient, flatten_params, match, names
+from optimjax._core.apply import apply_each
+from optimjax._core.definition import Definition
+from optimjax._core.hyperparameters import Hyperparameters, Numeric
+from optimjax._core.tree import check_gradient, flatten_params, match, names
+from optimjax._storage.placement import place, sharding_of
 
-if TYPE_CHECKING:
-    from optimjax.optimizer import Optimizer
-
-__all__ = ["Algorithm", "factory"]
+__all__ = ["Algorithm", "arguments_of", "check_overrides", "factory"]
 
 P = ParamSpec("P")
+Params = TypeVar("Params", bound=chex.ArrayTree)
+State = TypeVar("State")
 
 
-class Algorithm(NamedTuple):
+@dataclass(frozen=True, eq=False, repr=False)
+class Algorithm:
     """A pure optimizer: two functions, to be used under ``jit``, ``scan``, ``vmap``, ``grad`` or as they are.
 
+    Made by the functions of :mod:`optimjax.functional`. Two that were made alike are equal, so that one can be a static
+    argument of a compiled function; values that are arrays or schedules are equal only where they are the same object.
+
     Attributes:
-      init: ``init(params) -> state``. ``params`` is any pytree of real or complex floating arrays. ``state`` is a
-        NamedTuple: ``step``, an int32 scalar counting updates, then one tree with the structure, shapes and dtypes of
-        ``params`` for each array that the algorithm keeps, under PyTorch's names.
-      update: ``update(params, grads, state, **overrides) -> (params, state)``. ``grads`` has the structure of
-        ``params``; ``None`` in place of a gradient leaves that parameter and its slots as they are. A keyword
-        overrides a numeric hyperparameter for this call.
+      definition: the rule, and the kinds of its hyperparameters.
+      values: the hyperparameters by name, each for all parameters or a tree.
 
     >>> import jax, jax.numpy as jnp
     >>> from optimjax import functional as F
@@ -48,55 +49,192 @@ class Algorithm(NamedTuple):
     >>> params, state = jax.jit(adam.update)(params, {"w": jnp.array(2.0)}, state)
     >>> print(f"{params['w']:.4f} {state.exp_avg['w']:.4f}")
     0.9000 0.2000
+    >>> F.adam(lr=0.1), F.adam(lr=0.1) == F.adam(lr=0.1)
+    (adam(lr=0.1), True)
     """
 
-    init: Callable[..., Any]
-    update: Callable[..., tuple[Any, Any]]
+    definition: Definition
+    values: Mapping[str, Any]
 
-    def __repr__(self) -> str:
-        owner = getattr(self.init, "__self__", None)
-        return repr(owner) if isinstance(owner, Bound) else f"Algorithm(init={self.init!r}, update={self.update!r})"
+    def __post_init__(self) -> None:
+        for key, value in self.values.items():
+            _check(self.hyperparameters, key, value)
+        if self.definition.rule is not None:
+            self._check_together({})
 
+    @property
+    def name(self) -> str:
+        """The name of the class that the algorithm is the functional form of."""
+        return self.definition.name
 
-class Bound:
-    """An algorithm with its hyperparameters; a subclass has the two functions as its methods.
+    @property
+    def hyperparameters(self) -> Hyperparameters:
+        """The kinds of the hyperparameters."""
+        return self.definition.hyperparameters
 
-    Attributes:
-      name: of the algorithm's class.
-      hyperparameters: their kinds.
-      values: their values by name, each for all parameters or a tree.
-      usual: returns the values without any arguments.
-    """
+    def __iter__(self) -> Iterator[Callable[..., Any]]:
+        """``init, update = F.adam()``."""
+        return iter((self.init, self.update))
 
-    def __init__(
-        self,
-        name: str,
-        hyperparameters: Hyperparameters,
-        values: Mapping[str, Any],
-        usual: Callable[[], Mapping[str, Any]],
-    ):
-        self.name, self.hyperparameters, self.values, self.usual = name, hyperparameters, values, usual
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Algorithm) or self.definition is not other.definition:
+            return NotImplemented
+        return self.values.keys() == other.values.keys() and all(
+            _is_same(value, other.values[name]) for name, value in self.values.items()
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.definition, *(value for value in self.values.values() if isinstance(value, _PLAIN))))
 
     def __repr__(self) -> str:
         """The call that makes it, with what differs from the defaults."""
-        defaults = self.usual()
+        try:
+            usual = self.definition.defaults()
+        except TypeError:  # some have no default
+            usual = {}
         given = (
             f"{name}={_short.repr(value)}"
             for name, value in self.values.items()
-            if name not in defaults or not _is_same(value, defaults[name])
+            if name not in usual or not _is_same(value, usual[name])
         )
         return f"{_function_name(self.name)}({', '.join(given)})"
+
+    def init(self, params: chex.ArrayTree) -> Any:
+        """The state before the first update.
+
+        Args:
+          params: any pytree of real or complex floating arrays.
+
+        Returns:
+          A NamedTuple: ``step``, an int32 scalar that counts updates, then one tree with the structure of ``params``
+          for each array that the algorithm keeps, under PyTorch's names.
+
+        Raises:
+          TypeError: a leaf is not a floating number.
+          ValueError, RuntimeError: a parameter that the algorithm cannot take, or a hyperparameter out of range.
+        """
+        leaves, treedef = flatten_params(params)
+        columns = _columns(self.hyperparameters, self.values, params)
+        flags = self._check_together(columns)
+        for index, leaf in enumerate(leaves):
+            self.definition.check_param(leaf, flags, lambda index=index: _leaf_name(params, index))
+        step = jnp.zeros((), jnp.int32)
+        # On the mesh, if there is one: otherwise the second update would compile again.
+        step = next((place(step, leaf) for leaf in leaves if sharding_of(leaf) is not None), step)
+        hypers = _per_leaf(self.hyperparameters, self.values, columns, step, len(leaves))
+        slots = [self.definition.slots(param, hyper, flags) for param, hyper in zip(leaves, hypers, strict=True)]
+        return self._packed(self._state_type(leaves, flags), step, treedef, slots)
+
+    def update(self, params: Params, grads: Any, state: State, **overrides: Any) -> tuple[Params, State]:
+        """One update of every parameter.
+
+        Args:
+          params: the parameters.
+          grads: their gradients, in the same structure; ``None`` in place of one leaves that parameter and its slots as
+            they are.
+          state: what :meth:`init` or the last update has returned.
+          overrides: numeric hyperparameters for this call.
+
+        Returns:
+          New parameters and state, of the structure, shapes, dtypes and shardings of the old ones.
+
+        Raises:
+          ValueError: gradients of another structure or shape; an override out of range.
+          TypeError: gradients of another kind, another algorithm's state, an unknown override.
+          RuntimeError: a gradient is sparse and the algorithm takes dense ones, or the other way round.
+        """
+        rule, known = self.definition.arithmetic, cast(Any, state)
+        leaves, treedef = flatten_params(params)
+        check_overrides(self.hyperparameters, overrides)
+        values = {**self.values, **overrides}
+        columns = _columns(self.hyperparameters, values, params)
+        flags = self._flags(values, columns)
+        state_type = self._state_type(leaves, flags)
+        if overrides and state_type is not self._state_type(leaves, self._own_flags(params)):
+            raise ValueError(f"{overrides} would change which arrays the state has; set it where {self.name} is made")
+        if isinstance(grads, state_type):
+            raise TypeError(f"the order is update(params, grads, state), but grads is {type(grads).__name__}: a state")
+        grad_leaves = match(treedef, grads, lambda: names(params))
+        slots = self._unpacked(state_type, treedef, known)
+        present = [index for index, grad in enumerate(grad_leaves) if grad is not None]
+        for index in present:
+            leaf_name = lambda index=index: _leaf_name(params, index)  # noqa: E731
+            check_gradient(leaf_name, leaves[index], grad_leaves[index])
+            self.definition.check_layout(grad_leaves[index], leaf_name)
+        step = jnp.asarray(known.step) + 1
+        count = step.astype(jnp.result_type(float))  # the rest of the numbers that scalars meet are floating ones, too
+        hypers = _per_leaf(self.hyperparameters, values, columns, known.step, len(leaves))
+        scalars = {id(hyper): rule.scalars(count, hyper) for hyper in {id(h): h for h in hypers}.values()}
+        updated = apply_each(
+            rule,
+            [flags] * len(present),
+            [leaves[index] for index in present],
+            [grad_leaves[index] for index in present],
+            [slots[index] for index in present],
+            [scalars[id(hypers[index])] for index in present],
+        )
+        for index, (param, slot) in zip(present, updated, strict=True):
+            leaves[index], slots[index] = param, slot
+        return treedef.unflatten(leaves), self._packed(state_type, step, treedef, slots)
+
+    def _check_together(self, columns: Mapping[str, list[Any]]) -> Any:
+        """The flags, or the error for a combination of values that makes no sense."""
+        flags = self._flags(self.values, columns)
+        if self.definition.arithmetic.check is not None:
+            self.definition.arithmetic.check(self.hyperparameters.hyper(self.values), flags)
+        return flags
+
+    def _flags(self, values: Mapping[str, Any], columns: Mapping[str, list[Any]]) -> Any:
+        """The flags for values of which the columns are known."""
+        return self.hyperparameters.fixed_flags(
+            {**values, **{name: column for name, column in columns.items() if column}}
+        )
+
+    def _own_flags(self, params: Any) -> Any:
+        """The flags without overrides."""
+        return self._flags(self.values, _columns(self.hyperparameters, self.values, params))
+
+    def _state_type(self, leaves: Sequence[Array], flags: Any) -> Any:
+        """The NamedTuple of the state: a field for each slot that some of the parameters has."""
+        kinds = {(leaf.shape, leaf.dtype) for leaf in leaves}
+        some = {field for kind in kinds for field in self.definition.fields(flags, *kind)}
+        return _state_type(self.name, tuple(field for field in self.definition.slot_names if field in some))
+
+    def _packed(self, state_type: Any, step: Array, treedef: Any, slots: Sequence[Any]) -> Any:
+        """The state."""
+        columns = ([getattr(slot, field) for slot in slots] for field in state_type._fields[1:])
+        return state_type(step, *map(treedef.unflatten, columns))
+
+    def _unpacked(self, state_type: Any, treedef: Any, state: Any) -> list[Any]:
+        """The slots of each parameter."""
+        if not isinstance(state, state_type):
+            plain = type(state) in (tuple, list) and len(state) == len(state_type._fields)
+            raise TypeError(
+                f"state must be the {state_type.__name__}{state_type._fields} that this algorithm's init returns, got "
+                f"{type(state).__name__}{getattr(state, '_fields', '')}"
+                + plain
+                * "; one that was loaded as plain data becomes it by type(algorithm.init(params))(*state)"
+            )
+        columns = {field: treedef.flatten_up_to(getattr(state, field)) for field in state_type._fields[1:]}
+        absent = dict.fromkeys(self.definition.slot_names)
+        return [
+            self.definition.arithmetic.slots(**absent | {field: column[index] for field, column in columns.items()})
+            for index in range(treedef.num_leaves)
+        ]
 
 
 _short = reprlib.Repr()  # because values may be trees
 _short.maxother = _short.maxstring = 120
+_PLAIN = (bool, int, float, str)
 
 
 def _is_same(a: Any, b: Any) -> bool:
-    """Whether two plain values are equal; arrays, trees and schedules are only where they are the same."""
-    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
+    """Whether two values are equal; arrays and schedules are only where they are the same one."""
+    if isinstance(a, (tuple, list)) and type(a) is type(b) and len(a) == len(b):
         return all(map(_is_same, a, b))
-    return a is b or (isinstance(a, (bool, int, float, str)) and isinstance(b, (bool, int, float, str)) and a == b)
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return all(_is_same(value, b[key]) for key, value in a.items())
+    return a is b or (isinstance(a, _PLAIN) and isinstance(b, _PLAIN) and a == b)
 
 
 def _function_name(class_name: str) -> str:
@@ -104,8 +242,8 @@ def _function_name(class_name: str) -> str:
     return re.sub("(?<=[a-z])(?=[A-Z][a-z])", "_", class_name).lower()
 
 
-def factory(cls: "Callable[Concatenate[Any, P], Optimizer]") -> Callable[P, Algorithm]:
-    """The functional face of an optimizer class: the same keywords, without ``params``.
+def factory(cls: Callable[Concatenate[Any, P], Any]) -> Callable[P, Algorithm]:
+    """The functional form of an optimizer class: the same keywords, without ``params``.
 
     Works for any subclass of :class:`optimjax.Optimizer` that has a ``rule``, also one written elsewhere.
 
@@ -116,8 +254,7 @@ def factory(cls: "Callable[Concatenate[Any, P], Optimizer]") -> Callable[P, Algo
     optimizer_class: Any = cls
 
     def make(*args: P.args, **kwargs: P.kwargs) -> Algorithm:
-        defaults = optimizer_class._defaults_of(*args, **kwargs)
-        return optimizer_class._algorithm(defaults)
+        return optimizer_class._algorithm(optimizer_class.definition.defaults(*args, **kwargs))
 
     make.__name__ = make.__qualname__ = _function_name(optimizer_class.__name__)
     make.__module__ = optimizer_class.__module__
@@ -142,177 +279,9 @@ def arguments_of(optimizer_class: type) -> str:
     return "\nArgs:\n" + "".join(entry for entry in entries if not entry.startswith("  params:"))
 
 
-def lift(
-    rule: Rule,
-    hyperparameters: Hyperparameters,
-    values: Mapping[str, Any],
-    name: str,
-    usual: Callable[[], Mapping[str, Any]] = dict,
-) -> Algorithm:
-    """The algorithm that applies ``rule`` with these hyperparameters to every leaf of a tree; see :class:`Bound`."""
-    lifted = Lifted(rule, hyperparameters, values, name, usual)
-    return Algorithm(lifted.init, lifted.update)
-
-
-class Lifted(Bound):
-    """A rule with hyperparameters, over trees: its two methods are those of an :class:`Algorithm`.
-
-    Attributes:
-      rule: the arithmetic for one parameter.
-    """
-
-    def __init__(
-        self,
-        rule: Rule,
-        hyperparameters: Hyperparameters,
-        values: Mapping[str, Any],
-        name: str,
-        usual: Callable[[], Mapping[str, Any]],
-    ):
-        super().__init__(name, hyperparameters, values, usual)
-        self.rule = rule
-        for key, value in values.items():
-            _check(hyperparameters, key, value)
-        self._check_together({})
-
-    def init(self, params: Any) -> Any:
-        """The state before the first update; see :class:`Algorithm`."""
-        leaves, treedef = flatten_params(params)
-        columns = _columns(self.hyperparameters, self.values, params)
-        flags = self._check_together(columns)
-        for index, leaf in enumerate(leaves):
-            check_param(self.rule, leaf, flags, lambda index=index: _leaf_name(params, index), self.name)
-        step = jnp.zeros((), jnp.int32)
-        # On the mesh, if there is one: otherwise the second update would compile again.
-        step = next((place(step, leaf) for leaf in leaves if sharding_of(leaf) is not None), step)
-        hypers = _per_leaf(self.hyperparameters, self.values, columns, step, len(leaves))
-        slots = [initial_slots(self.rule, param, hyper, flags) for param, hyper in zip(leaves, hypers, strict=True)]
-        return self._packed(self._state_type(leaves, flags), step, treedef, slots)
-
-    def update(self, params: Any, grads: Any, state: Any, **overrides: Any) -> tuple[Any, Any]:
-        """One update of every parameter; see :class:`Algorithm`."""
-        leaves, treedef = flatten_params(params)
-        check_overrides(self.hyperparameters, overrides)
-        values = {**self.values, **overrides}
-        columns = _columns(self.hyperparameters, values, params)
-        flags = self._flags(values, columns)
-        state_type = self._state_type(leaves, flags)
-        if overrides and state_type is not self._state_type(leaves, self._own_flags(params)):
-            raise ValueError(f"{overrides} would change which arrays the state has; set it where {self.name} is made")
-        if isinstance(grads, state_type):
-            raise TypeError(f"the order is update(params, grads, state), but grads is {type(grads).__name__}: a state")
-        grad_leaves = match(treedef, grads, lambda: names(params))
-        slots = self._unpacked(state_type, treedef, state)
-        present = [index for index, grad in enumerate(grad_leaves) if grad is not None]
-        for index in present:
-            leaf_name = lambda index=index: _leaf_name(params, index)  # noqa: E731
-            check_gradient(leaf_name, leaves[index], grad_leaves[index])
-            check_layout(self.rule, self.name, grad_leaves[index], leaf_name)
-        step = jnp.asarray(state.step) + 1
-        count = step.astype(jnp.result_type(float))  # the rest of the numbers that scalars meet are floating ones, too
-        hypers = _per_leaf(self.hyperparameters, values, columns, state.step, len(leaves))
-        scalars = {id(hyper): self.rule.scalars(count, hyper) for hyper in {id(h): h for h in hypers}.values()}
-        updated = apply_each(
-            self.rule,
-            [flags] * len(present),
-            [leaves[index] for index in present],
-            [grad_leaves[index] for index in present],
-            [slots[index] for index in present],
-            [scalars[id(hypers[index])] for index in present],
-        )
-        for index, (param, slot) in zip(present, updated, strict=True):
-            leaves[index], slots[index] = param, slot
-        return treedef.unflatten(leaves), self._packed(state_type, step, treedef, slots)
-
-    def _check_together(self, columns: Mapping[str, list[Any]]) -> Any:
-        """The flags, or the error for a combination of values that makes no sense."""
-        flags = self._flags(self.values, columns)
-        if self.rule.check is not None:
-            self.rule.check(self.hyperparameters.hyper(self.values), flags)
-        return flags
-
-    def _flags(self, values: Mapping[str, Any], columns: Mapping[str, list[Any]]) -> Any:
-        """The flags for values of which the columns are known."""
-        return self.hyperparameters.fixed_flags(
-            {**values, **{name: column for name, column in columns.items() if column}}
-        )
-
-    def _own_flags(self, params: Any) -> Any:
-        """The flags without overrides."""
-        return self._flags(self.values, _columns(self.hyperparameters, self.values, params))
-
-    def _state_type(self, leaves: Sequence[Array], flags: Any) -> Any:
-        """The NamedTuple of the state: a field for each slot that some of the parameters has."""
-        kinds = {(leaf.shape, leaf.dtype) for leaf in leaves}
-        some = {field for kind in kinds for field in active_fields(self.rule, self.hyperparameters, flags, *kind)}
-        return _state_type(self.name, tuple(field for field in self.rule.slots._fields if field in some))
-
-    def _packed(self, state_type: Any, step: Array, treedef: Any, slots: Sequence[Any]) -> Any:
-        """The state."""
-        columns = ([getattr(slot, field) for slot in slots] for field in state_type._fields[1:])
-        return state_type(step, *map(treedef.unflatten, columns))
-
-    def _unpacked(self, state_type: Any, treedef: Any, state: Any) -> list[Any]:
-        """The slots of each parameter."""
-        if not isinstance(state, state_type):
-            plain = type(state) in (tuple, list) and len(state) == len(state_type._fields)
-            raise TypeError(
-                f"state must be the {state_type.__name__}{state_type._fields} that this algorithm's init returns, got "
-                f"{type(state).__name__}{getattr(state, '_fields', '')}"
-                + plain
-                * "; one that was loaded as plain data becomes it by type(algorithm.init(params))(*state)"
-            )
-        columns = {field: treedef.flatten_up_to(getattr(state, field)) for field in state_type._fields[1:]}
-        absent = dict.fromkeys(self.rule.slots._fields)
-        return [
-            self.rule.slots(**absent | {field: column[index] for field, column in columns.items()})
-            for index in range(treedef.num_leaves)
-        ]
-
-
 def _leaf_name(params: Any, index: int) -> str:
     """The name of a parameter, for messages."""
     return names(params)[index] or "params"
-
-
-@functools.cache
-def active_fields(
-    rule: Rule, hyperparameters: Hyperparameters, flags: Any, shape: tuple[int, ...], dtype: Any = jnp.float32
-) -> tuple[str, ...]:
-    """The slots that a parameter of this shape and dtype has under these flags."""
-    types = slot_types(rule, hyperparameters, flags, shape, dtype)
-    return tuple(field for field, type_ in types.items() if type_ is not None)
-
-
-def check_param(
-    rule: Rule, param: Array, flags: Any, name: Callable[[], str], algorithm: str = "this algorithm"
-) -> None:
-    """Raise where the algorithm cannot take a parameter; ``name`` is called only then.
-
-    Raises:
-      RuntimeError: the parameter is complex and the rule is not elementwise.
-      ValueError, RuntimeError: as the rule says.
-    """
-    try:
-        if rule.check_param is not None:
-            rule.check_param(param, flags)
-        if rule.takes != "element" and jnp.iscomplexobj(param):
-            raise RuntimeError(f"{algorithm} does not support complex parameters")
-    except (ValueError, RuntimeError) as error:
-        raise type(error)(f"{error} ({name()!r})") from None
-
-
-def check_layout(rule: Rule, algorithm: str, grad: Any, name: Callable[[], str]) -> None:
-    """Raise where a gradient is sparse and the algorithm takes dense ones, or the other way round.
-
-    Raises:
-      RuntimeError: PyTorch's message.
-    """
-    if is_sparse(grad) != rule.sparse:
-        layout, other = ("dense", "Adam") if rule.sparse else ("sparse", "SparseAdam")
-        raise RuntimeError(
-            f"{algorithm} does not support {layout} gradients, please consider {other} instead ({name()!r})"
-        )
 
 
 @functools.cache
@@ -321,6 +290,7 @@ def _state_type(name: str, fields: tuple[str, ...]) -> Any:
     cls = namedtuple(f"{name}State", ("step", *fields), module=__name__)
     cls.__doc__ = f"State of {name}: the number of updates done, then one tree like the parameters for each slot."
     cls.__reduce__ = lambda self: (_restore_state, (name, fields, tuple(self)))
+    jax.export.register_namedtuple_serialization(cls, serialized_name=f"optimjax.{name}State{fields}")
     return cls
 
 
@@ -340,7 +310,7 @@ def _check(hyperparameters: Hyperparameters, key: str, value: Any) -> None:
 
 
 def check_overrides(hyperparameters: Hyperparameters, overrides: Mapping[str, Any]) -> None:
-    """Raise for a keyword of ``update`` that is no numeric hyperparameter, or out of range."""
+    """Raise for a keyword of ``update`` that is not a numeric hyperparameter, or is out of range."""
     for key, value in overrides.items():
         if key not in hyperparameters.numeric:
             raise TypeError(

@@ -1,0 +1,142 @@
+"""The one place where a rule's arithmetic is called.
+
+Precision, complex numbers, ``maximize``, sparse gradients and the storage of slots are settled here for all algorithms.
+"""
+
+import functools
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from optimjax._core.contract import Rule
+from optimjax._core.numerics import at_least_float32
+from optimjax._core.sparse import Entries, is_sparse
+from optimjax._storage.placement import automatic, explicit, place, resharded
+
+__all__ = ["apply", "apply_each", "initial_slots"]
+
+
+def initial_slots(rule: Rule, param: Array, hyper: Any, flags: Any) -> Any:
+    """The slots before the first update, each an array of its own.
+
+    A step updates slots in place, so none may be the parameter itself (an average that starts from it) or another slot.
+    On a mesh they are distributed as the parameter is.
+    """
+    seen = {id(param)}
+
+    def own(slot: Array) -> Array:
+        slot = jnp.copy(slot) if id(slot) in seen else slot
+        seen.add(id(slot))
+        return place(slot, param)
+
+    return jax.tree.map(own, rule.init(param, hyper, flags))
+
+
+def apply_each(
+    rule: Rule,
+    flags: Sequence[Any],
+    params: Sequence[Array],
+    grads: Sequence[Any],
+    slots: Sequence[Any],
+    scalars: Sequence[Any],
+) -> list[tuple[Array, Any]]:
+    """One update of each parameter: new parameters with their new slots."""
+    each = flags, params, grads, slots, scalars
+    if rule.takes in ("element", "array"):
+        return [apply(rule, *one) for one in zip(*each, strict=True)]
+    together: defaultdict[Any, list[int]] = defaultdict(list)
+    for index, param in enumerate(params):
+        # The type of an array is its shape and dtype, and its sharding where that is explicit.
+        together[(jax.typeof(param), flags[index]) if rule.takes == "alike" else None].append(index)
+    results: list[Any] = [None] * len(params)
+    for members in together.values():
+        shared, *columns = ([column[index] for index in members] for column in each)
+        for index, *updated in zip(members, *apply(rule, tuple(shared), *columns), strict=True):
+            results[index] = tuple(updated)
+    return results
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "flags"))
+def apply(rule: Rule, flags: Any, param: Any, grad: Any, slots: Any, scalars: Any) -> tuple[Any, Any]:
+    """One update of one parameter, or of a list of them, as the rule takes them.
+
+    Compiled, so that inside a larger program it is traced once for each shape. Arithmetic runs in float32 at least and
+    results are cast last: a float16 parameter with zero gradients stays finite although 1e-8 is zero in float16.
+    """
+    if rule.takes in ("alike", "all"):
+        each = (_widened(*one) for one in zip(flags, param, grad, slots, scalars, strict=True))
+        *wide, flags = map(list, zip(*each, strict=True))
+        if rule.takes == "alike":
+            flags = flags[0]
+    elif is_sparse(grad):
+        to_entries = functools.partial(_apply_to_entries, rule, flags)
+        return automatic(to_entries, (param, slots))(param, grad, slots, scalars)
+    elif rule.takes == "element" and jnp.iscomplexobj(param):
+        return _apply_to_halves(rule, flags, param, grad, slots, scalars)
+    else:
+        *wide, flags = _widened(flags, param, grad, slots, scalars)
+    return jax.tree.map(_restored, tuple(rule.update(*wide, flags)), (param, slots))
+
+
+def _widened(flags: Any, param: Array, grad: Array, slots: Any, scalars: Any) -> tuple[Any, ...]:
+    """What ``update`` gets of a parameter: everything that is a floating number in one dtype; the flags last."""
+    if jnp.iscomplexobj(param):  # halves that are updated apart would have the norms of halves
+        raise RuntimeError("complex parameters need a rule with takes='element'")
+    dtype = at_least_float32(param.dtype)
+
+    def widen(x: Array) -> Array:
+        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    grad = grad.astype(dtype)
+    if getattr(flags, "maximize", False):
+        grad = -grad
+    scalars = jax.tree.map(lambda scalar: jnp.asarray(scalar, dtype), scalars)
+    return widen(param), grad, jax.tree.map(widen, slots), scalars, flags._replace(param_dtype=param.dtype)
+
+
+def _restored(new: Any, old: Array) -> Array:
+    """A result in the dtype of what it replaces and, where that is part of its type, with its sharding."""
+    if np.shape(new) != old.shape:
+        raise ValueError(f"update has returned an array of shape {np.shape(new)} for one of shape {old.shape}")
+    return resharded(jnp.asarray(new).astype(old.dtype), explicit(old))
+
+
+def _apply_to_halves(rule: Rule, flags: Any, param: Array, grad: Array, slots: Any, scalars: Any) -> tuple[Any, Any]:
+    """Update the real and the imaginary part of a complex parameter side by side, as PyTorch sees it.
+
+    `jax.grad` returns the conjugate of PyTorch's gradient. Slots that are real all the same (a count, a product of
+    betas) serve both parts.
+    """
+    (real, real_slots), (imag, imag_slots) = (
+        apply(
+            rule,
+            flags,
+            part(param),
+            part(jnp.conj(grad)),
+            jax.tree.map(lambda slot, part=part: part(slot) if jnp.iscomplexobj(slot) else slot, slots),
+            scalars,
+        )
+        for part in (jnp.real, jnp.imag)
+    )
+    join = lambda old, re, im: jax.lax.complex(re, im) if jnp.iscomplexobj(old) else re  # noqa: E731
+    return jax.tree.map(join, (param, slots), (real, real_slots), (imag, imag_slots))
+
+
+def _apply_to_entries(rule: Rule, flags: Any, param: Array, grad: Any, slots: Any, scalars: Any) -> tuple[Any, Any]:
+    """Update the entries that a sparse gradient names. Nothing else is read: the cost grows with them alone.
+
+    Slots of another shape than the parameter's, such as a count, are handed over whole.
+    """
+    entries = Entries(grad)
+    taken = jax.tree.map(lambda slot: entries.take(slot) if slot.shape == param.shape else slot, slots)
+    new, new_slots = apply(rule, flags, entries.take(param), entries.values, taken, scalars)
+
+    def put(old: Array, new: Array) -> Array:
+        return entries.put(old, new) if old.shape == param.shape else new
+
+    return put(param, new), jax.tree.map(put, slots, new_slots)

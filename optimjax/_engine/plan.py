@@ -1,0 +1,250 @@
+"""From gradients to buckets: which parameters share a program, and what the next step starts from."""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from functools import partial
+from operator import is_
+from typing import Any
+
+import jax
+from jax import Array
+
+from optimjax._core.definition import Definition
+from optimjax._core.reading import as_count, read_slot
+from optimjax._core.tree import check_gradient, copied_array
+from optimjax._engine.bucket import Bucket, Member
+from optimjax._engine.handover import Call, Commit, Handover, kinds
+from optimjax._engine.state import ParameterState, Place
+from optimjax._params.handed import name_of
+from optimjax._params.parameter import Parameter
+
+__all__ = ["Plan", "Planner", "distinct"]
+
+PATTERNS = 8  # patterns of present gradients that get programs of their own
+ALIKE = 64  # parameters of one shape that one program updates; see docs/architecture.md for the measurement
+MIXED = 256  # parameters of any shapes
+
+
+class Plan:
+    """The buckets of a step, for as long as the next step is of the same kind.
+
+    Attributes:
+      key: what must be equal in the next step.
+      buckets: in the order of their programs' calls.
+    """
+
+    def __init__(self, key: Any, buckets: list[Bucket]):
+        self.key, self.buckets = key, buckets
+
+    def calls(self, grads: Mapping[Parameter, Any], rows: Sequence[Any], in_place: bool) -> list[Call]:
+        """The calls of :data:`update_bucket`, which may update parameters in place, too."""
+        values = [bucket.values for bucket in self.buckets]
+        if in_place:
+            rest = iter(distinct(list(itertools.chain(*values)), list(grads.values())))
+            values = [[next(rest) for _ in part] for part in values]
+        return [
+            Call((b.updates,), (b.updates, b.store.slots, part, [grads[box] for box in b.boxes], row))
+            for b, part, row in zip(self.buckets, values, rows, strict=True)
+        ]
+
+    def commit(self, state: MutableMapping[Parameter, ParameterState]) -> Commit:
+        """What takes the results of the next step over, see :class:`optimjax._engine.handover.Launch`."""
+        steps = [bucket.store.steps + 1 for bucket in self.buckets]
+
+        def commit(results: list[Any]) -> list[tuple[Any, str, Any]]:
+            remaining = []
+            for bucket, count, (slots, params, *_) in zip(self.buckets, steps, results, strict=False):
+                remaining += bucket.commit(slots, params, count, state)
+            return remaining
+
+        return commit
+
+    def drop(self) -> None:
+        """See :meth:`Bucket.drop`."""
+        for bucket in self.buckets:
+            bucket.drop()
+
+
+class Planner:
+    """Plans the steps of one optimizer; a step that is like the last one takes over its plan.
+
+    Attributes:
+      plan: of the last step.
+    """
+
+    def __init__(self, definition: Definition, handover: Handover):
+        self._definition, self._handover = definition, handover
+        self.plan: Plan | None = None
+        self._patterns: list[tuple[Any, list[list[int]]]] = []
+        self._resolved: dict[int, tuple[list[Any], Any]] = {}
+
+    def planned(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        state: Mapping[Parameter, Any],
+        grads: Mapping[Parameter, Any],
+        together: bool = False,
+    ) -> tuple[Plan, list[Any]]:
+        """The buckets of a step, and the scalars of each; everything is checked here, before anything changes.
+
+        Args:
+          groups: of the optimizer, with the parameters and the present hyperparameters.
+          state: what is kept for each parameter.
+          grads: by parameter, whatever is not ``None``.
+          together: one bucket, in the order of ``grads``; as it always is for a rule that takes all parameters at once.
+        """
+        resolved = [self.resolved(groups, index) for index in range(len(groups))]
+        hypers, flags = [hyper for hyper, _ in resolved], [flag for _, flag in resolved]
+        sizes = [len(group["params"]) for group in groups]
+        leaves, structure = jax.tree.flatten(list(grads.values()))  # a sparse gradient has two
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        key = together, sizes, flags, parameters, list(grads), structure, kinds(leaves)
+        rule = self._definition.arithmetic
+        together |= rule.takes == "all"
+        plan = self.plan
+        if plan is None or plan.key != key or not all(bucket.fits(state) for bucket in plan.buckets):
+            members = self._members(groups, state, grads, resolved)
+            positions, shared = self._layout(members)
+            if together:
+                position = {member.parameter: index for index, member in enumerate(members)}
+                positions = [[position[parameter] for parameter in grads]]
+            scalars = type(rule.scalars(1, hypers[0]))
+            if plan is not None:
+                plan.drop()
+            parts = [[members[index] for index in part] for part in positions]
+            plan = Plan(key, [Bucket(self._handover, self._definition, scalars, part, shared) for part in parts])
+            self.plan = plan
+        known: dict[tuple[int, int], Any] = {}
+        return plan, [bucket.scalars(hypers, known) for bucket in plan.buckets]
+
+    def resolved(self, groups: Sequence[Mapping[str, Any]], index: int) -> tuple[Any, Any]:
+        """A group's hyperparameters and flags; the same again until somebody edits the group."""
+        group = groups[index]
+        given = list(map(group.get, self._definition.hyperparameters.kinds))
+        known = self._resolved.get(index)
+        if known is None or not all(map(is_, given, known[0])):
+            known = given, self._definition.resolve(group, f" of param_groups[{index}]")
+            if all(map(_is_constant, given)):
+                self._resolved[index] = known
+        return known[1]
+
+    def _layout(self, members: list[Member]) -> tuple[list[list[int]], bool]:
+        """The members of each bucket, and whether those of one group share a row of scalars.
+
+        Each pattern of present gradients compiles programs of its own. Where there is no end of patterns (routing,
+        stochastic depth), later ones use programs from a bounded set. Step counts must not multiply programs either:
+        where a group's counts differ, each member has its own row.
+        """
+        even = len({(m.group, m.step) for m in members}) == len({m.group for m in members})
+        pattern = [(member.signature, member.group if even else 0) for member in members]
+        for known, positions in self._patterns:
+            if pattern == known:
+                return positions, even
+        if len(self._patterns) == PATTERNS:
+            return bounded_layout(members), False
+        self._patterns.append((pattern, layout(members)))
+        return self._patterns[-1][1], even
+
+    def _members(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        state: Mapping[Parameter, Any],
+        grads: Mapping[Parameter, Any],
+        resolved: Sequence[tuple[Any, Any]],
+    ) -> list[Member]:
+        members = []
+        for index, group in enumerate(groups):
+            for parameter in group["params"]:
+                if (grad := grads.get(parameter)) is not None:
+                    value, name = parameter.value, partial(name_of, parameter, groups)
+                    check_gradient(name, value, grad)
+                    self._definition.check_layout(grad, name)
+                    known = state.get(parameter)
+                    kept = ParameterState.of({} if known is None else known)
+                    hyper, flags = resolved[index]
+                    slots, step = self._prepared(name, value, kept, hyper, flags)
+                    grad_kind = tuple(kinds(jax.tree.leaves(grad)))
+                    members.append(Member(parameter, value, grad_kind, index, flags, kept, known, slots, step))
+        return members
+
+    def _prepared(
+        self, name: Callable[[], str], param: Array, state: ParameterState, hyper: Any, flags: Any
+    ) -> tuple[Any, int]:
+        """Slots that a step may update in place, and the count of updates.
+
+        Slots that somebody has seen are checked, because they may have been edited, and copied; those that are missing
+        are made.
+        """
+        definition, place = self._definition, state.place
+        rule = definition.arithmetic
+        if isinstance(place, Place) and (place.flags, place.shape) == (flags, param.shape):
+            return place.slots, place.step
+        values = state.peek()
+        types = definition.slot_types(flags, param.shape, param.dtype)
+        of_parameter = f"state of parameter {name()!r}" if values else ""
+        seen = {
+            field: jax.tree.map(copied_array, read_slot(values[field], type_, param, f"{of_parameter}: {field!r}"))
+            for field, type_ in types.items()
+            if type_ is not None and values.get(field) is not None
+        }
+        complete = all(type_ is None or field in seen for field, type_ in types.items())
+        slots = rule.slots(**dict.fromkeys(types)) if complete else definition.slots(param, hyper, flags)
+        # Where PyTorch keeps no count, the presence of the slots says whether this is the first update.
+        step = as_count(values.get("step", 0), f"{of_parameter}: 'step'") if rule.counts_steps else int(complete)
+        return slots._replace(**seen), step
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether a value of a group can only be replaced, not edited in place."""
+    if isinstance(value, tuple):
+        return all(map(_is_constant, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def distinct(arrays: Sequence[Array], others: Any) -> list[Array]:
+    """The arrays, with copies of those that occur again, or among the others: these cannot all be updated in place."""
+    seen = set(map(id, jax.tree.leaves(others)))
+    result = []
+    for array in arrays:
+        result.append(copied_array(array) if id(array) in seen else array)
+        seen.add(id(array))
+    return result
+
+
+# --- Which parameters share a program ---------------------------------------------------------------------------------
+
+
+def layout(members: Sequence[Member]) -> list[list[int]]:
+    """Positions of the members of each bucket: up to 64 of one shape together, then what is left of all shapes.
+
+    Compiling costs by distinct shapes, dispatching by programs, tracing by parameters.
+    """
+    full, rest = [], []
+    for positions in _alike(members):
+        cut = len(positions) - len(positions) % ALIKE
+        full += [positions[start : start + ALIKE] for start in range(0, cut, ALIKE)]
+        rest += positions[cut:]
+    return full + [rest[start : start + MIXED] for start in range(0, len(rest), MIXED)]
+
+
+def bounded_layout(members: Sequence[Member]) -> list[list[int]]:
+    """Split each shape into runs of 64, 32, ..., 1: at most seven programs, whichever parameters have gradients."""
+    result = []
+    for positions in _alike(members):
+        size = ALIKE
+        while positions:
+            if len(positions) < size:
+                size //= 2
+                continue
+            result.append(positions[:size])
+            positions = positions[size:]
+    return result
+
+
+def _alike(members: Sequence[Member]) -> list[list[int]]:
+    """Positions of members that compile alike, together."""
+    alike: defaultdict[Any, list[int]] = defaultdict(list)
+    for position, member in enumerate(members):
+        alike[member.signature].append(position)
+    return list(alike.values())

@@ -1,0 +1,151 @@
+"""Backward passes and steps of one optimizer: a loss or gradients come in, parameters and state are written."""
+
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+from jax import Array
+
+from optimjax._core.containers import own_memory
+from optimjax._core.definition import Definition
+from optimjax._engine.bucket import update_bucket
+from optimjax._engine.handover import Call, Handover, Launch, kinds
+from optimjax._engine.loss import Capture, LossCall, LossFunction, LossFunctions, update_from_loss, value_and_grad
+from optimjax._engine.plan import Planner, distinct
+from optimjax._params.handed import Handed, name_of
+from optimjax._params.parameter import Parameter
+
+__all__ = ["Stepper"]
+
+Groups = Sequence[Mapping[str, Any]]
+
+
+class Stepper:
+    """What an optimizer runs its steps with. It remembers what is compiled and planned, which no copy takes along.
+
+    Groups, state and what was handed in stay the optimizer's, and come as arguments.
+
+    Attributes:
+      handover: the turns of those who step and those who look.
+      planner: makes buckets of gradients.
+      losses: the loss functions that were given.
+    """
+
+    def __init__(self, definition: Definition, traced: bool):
+        self.handover = Handover(traced)
+        self.planner = Planner(definition, self.handover)
+        self.losses = LossFunctions()
+        self._capture = Capture()
+
+    def backward(self, groups: Groups, handed: Handed, loss_fn: Any, args: tuple[Any, ...], has_aux: bool) -> Any:
+        """Add the gradients of a loss to those of the parameters; return ``loss``, or ``(loss, aux)``."""
+        loss_function = self.losses(loss_fn)
+        program = loss_function.program(value_and_grad, static=2)
+
+        def plan() -> Launch:
+            call = self.captured(groups, handed, loss_function, args)
+            accumulated = [parameter.grad for parameter in call.boxes]
+
+            def commit(results: list[Any]) -> list[Any]:
+                ((_, _, changed, written, grads),) = results
+                call.write_back(changed, written)
+                for parameter, grad in zip(call.boxes, grads, strict=True):
+                    parameter._grad = grad  # without checks, because it has been made for the parameter
+                return []
+
+            arguments = call.cut, has_aux, call.differentiated, call.traced, accumulated
+            return Launch(program, (), [Call((call.cut, has_aux), arguments)], commit)
+
+        ((loss, aux, *_),) = self.handover.launch(plan)
+        return (loss, aux) if has_aux else loss
+
+    def by_gradients(
+        self,
+        groups: Groups,
+        state: MutableMapping[Parameter, Any],
+        gradients: Callable[[], Iterable[tuple[Parameter, Any]]],
+        donate: bool,
+    ) -> None:
+        """Update the parameters that have a gradient; the gradients are asked for each time the step is planned."""
+
+        def plan() -> Launch:
+            grads = {parameter: own_memory(grad) for parameter, grad in gradients() if grad is not None}
+            plan, rows = self.planner.planned(groups, state, grads)
+            calls = plan.calls(grads, rows, donate)
+            return Launch(update_bucket, (1, 2) if donate else (1,), calls, plan.commit(state))
+
+        self.handover.launch(plan)
+
+    def by_loss(
+        self,
+        groups: Groups,
+        state: MutableMapping[Parameter, Any],
+        handed: Handed,
+        loss_fn: Any,
+        args: tuple[Any, ...],
+        donate: bool,
+    ) -> Array:
+        """Value, gradient and update in one program; return the loss."""
+        loss_function = self.losses(loss_fn)
+        program = loss_function.program(update_from_loss, static=2)
+
+        def plan() -> Launch:
+            call = self.captured(groups, handed, loss_function, args)
+            grads = dict(zip(call.boxes, call.differentiated, strict=True))  # which have their shapes
+            plan, (row,) = self.planner.planned(groups, state, grads, together=True)
+            (bucket,) = plan.buckets
+            params = distinct(call.differentiated, call.traced) if donate else call.differentiated
+            take = plan.commit(state)
+
+            def commit(results: list[Any]) -> list[tuple[Any, str, Any]]:
+                call.write_back(results[0][3])
+                return take(results)
+
+            key = call.cut, bucket.updates, *kinds(call.traced)
+            arguments = call.cut, bucket.updates, bucket.store.slots, params, call.traced, row
+            return Launch(program, (2, 3) if donate else (2,), [Call(key, arguments)], commit)
+
+        ((_, _, loss, _),) = self.handover.launch(plan)
+        return loss
+
+    def captured(self, groups: Groups, handed: Handed, loss_function: LossFunction, args: tuple[Any, ...]) -> LossCall:
+        """The call of a loss function, cut into what is differentiated, traced and static."""
+        given = not handed.bound
+        if given:
+            handed.follow(groups)
+            args = (handed.boxed(), *args)
+        loss_function.check(len(args), given)
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        call = self._capture(args, parameters, given)
+        if len(call.boxes) != len(parameters):
+            _check_found(call.boxes, groups, handed if given else None)
+        return call
+
+    def variables(self, groups: Groups, handed: Handed, loss_fn: Any, args: tuple[Any, ...]) -> list[Any]:
+        """The variables of modules that a loss may change."""
+        return self.captured(groups, handed, self.losses(loss_fn), args).variables
+
+
+def _check_found(found: Sequence[Parameter], groups: Groups, given: Handed | None) -> None:
+    """Raise where parameters would not be trained because they are not among the arguments of the loss.
+
+    Args:
+      found: those that are.
+      groups: of the optimizer.
+      given: what the loss function is given by the optimizer.
+    """
+    wanted = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
+    if not wanted:
+        raise ValueError("all of the optimizer's parameters have requires_grad=False: nothing would be trained")
+    if given is not None:
+        strange = [parameter for parameter in wanted if parameter not in set(given.parameters)]
+        if strange:
+            raise ValueError(
+                f"{', '.join(name_of(parameter, groups) for parameter in strange[:3])}: put into param_groups by hand, "
+                "but not part of what the optimizer was made from, which the loss function is given; add parameters "
+                "with add_param_group, or make a new optimizer"
+            )
+    if not found:
+        raise ValueError(
+            "none of the optimizer's parameters that require a gradient is among the arguments: "
+            "pass the module that they belong to, as in step(loss_fn, model, x, y)"
+        )

@@ -1,0 +1,160 @@
+"""From the class to the functional form and back: the same parameters and state, in the other form."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from optimjax._core.algorithm import Algorithm
+from optimjax._core.definition import Definition
+from optimjax._core.hyperparameters import Ignored
+from optimjax._core.tree import dotted
+from optimjax._engine.state import ParameterState
+from optimjax._params.handed import Handed
+from optimjax._params.parameter import Parameter
+
+__all__ = ["functional_state", "hyperparameters", "taken_over"]
+
+Groups = Sequence[Mapping[str, Any]]
+
+
+def hyperparameters(definition: Definition, groups: Groups, handed: Handed) -> dict[str, Any]:
+    """The hyperparameters of the groups by name; where these differ, trees of values.
+
+    Raises:
+      ValueError: the groups differ in what must be the same for all parameters.
+    """
+    values = {}
+    for name, kind in definition.hyperparameters.kinds.items():
+        given = [group[name] for group in groups]
+        if isinstance(kind, Ignored) or all(_equal(value, given[0]) for value in given[1:]):
+            values[name] = given[0]
+        elif name in definition.hyperparameters.numeric:
+            by_parameter = {parameter: group[name] for group in groups for parameter in group["params"]}
+            values[name] = handed.arranged(by_parameter)
+        else:
+            raise ValueError(f"the functional form has one {name!r} for all parameters, the groups have {given}")
+    return values
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two values are known to be equal; tracers are only where they are the same one."""
+    return a is b or (not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((a, b))) and bool(a == b))
+
+
+def functional_state(algorithm: Algorithm, groups: Groups, state: Mapping[Any, Any], handed: Handed) -> tuple[Any, Any]:
+    """Parameters and state of the functional form; see :meth:`optimjax.Optimizer.functional_state`."""
+    fields = _fields(algorithm.definition, groups)
+    entries = {parameter: dict(state.get(parameter, {})) for parameter in fields}
+    # Where PyTorch keeps no count, the slots say whether there was an update; where there are none, nothing does.
+    counts = {entry.get("step", 0) for entry in entries.values()}
+    if not algorithm.definition.arithmetic.counts_steps:
+        counts = {int(bool(entry)) for parameter, entry in entries.items() if fields[parameter]}
+    if len(counts) > 1:
+        raise ValueError(
+            f"parameters have done different numbers of updates ({', '.join(map(str, sorted(counts)))}): "
+            "the functional state has one count for all"
+        )
+    params = handed.arranged({parameter: parameter.value for parameter in fields})
+    initial = algorithm.init(params)
+
+    def filled(field: str) -> Any:
+        present = {parameter: entries[parameter].get(field) for parameter in entries}
+        pairs = handed.pairs(getattr(initial, field))
+        return handed.arranged(
+            {
+                parameter: slot if present[parameter] is None else present[parameter]
+                for parameter, slot in pairs
+                if parameter in entries
+            }
+        )
+
+    slots = {field: filled(field) for field in initial._fields if field != "step"}
+    count = max(counts, default=0)
+    if count > jnp.iinfo(jnp.int32).max:
+        raise ValueError(f"{count} updates were done, more than the functional state can count (int32)")
+    return params, initial._replace(step=jnp.full_like(initial.step, count), **slots)
+
+
+def taken_over(
+    algorithm: Algorithm, groups: Groups, state: Mapping[Any, Any], handed: Handed, params: Any, new: Any
+) -> tuple[dict[Parameter, Any], dict[Any, Any]]:
+    """The values of parameters, and the optimizer's whole state, after updates of the functional form.
+
+    Args:
+      algorithm: the functional form.
+      groups: of the optimizer.
+      state: what it keeps.
+      handed: what it was made from.
+      params: what the functional form has made of its parameters.
+      new: and of its state.
+
+    Raises:
+      ValueError: they have another structure, or other shapes or dtypes, than the optimizer's own.
+    """
+    definition = algorithm.definition
+    fields, rule = _fields(definition, groups), definition.arithmetic
+    present = handed.arranged({parameter: parameter.value for parameter in fields})
+    expected = jax.eval_shape(algorithm.init, present)
+    kept = {parameter: dict(state.get(parameter, {})) for parameter in fields}
+    _check_like((params, new), (present, expected), _kept_dtypes(kept, handed, expected))
+    values = dict(handed.pairs(params))
+    columns = {field: dict(handed.pairs(getattr(new, field))) for field in new._fields if field != "step"}
+    step = int(new.step)
+    count = {"step": step} if rule.counts_steps else {}
+    slots = {"step", *definition.slot_names}
+    states = {}
+    for parameter, active in fields.items():
+        own = {name: value for name, value in kept[parameter].items() if name not in slots}
+        entries = count | {field: jax.tree.map(jnp.asarray, columns[field][parameter]) for field in active}
+        states[parameter] = ParameterState(own | (entries if step or rule.eager else {}))
+    others = {key: value for key, value in state.items() if key not in fields}
+    written = others | {parameter: entries for parameter, entries in states.items() if entries}
+    return {parameter: jnp.asarray(values[parameter]) for parameter in fields}, written
+
+
+def _fields(definition: Definition, groups: Groups) -> dict[Parameter, tuple[str, ...]]:
+    """The parameters that cross, which are those that are not frozen, and the slots of each.
+
+    Raises:
+      NotImplementedError: there is no rule, as for LBFGS, or for a ``step`` written in Python.
+    """
+    if definition.rule is None:
+        raise NotImplementedError(
+            f"{definition.name} has no rule for one parameter, so its state cannot be taken over: "
+            "begin a new run of the functional form with optimizer.params"
+        )
+    fields = {}
+    for index, group in enumerate(groups):
+        _, flags = definition.resolve(group, f" of param_groups[{index}]")
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                fields[parameter] = definition.fields(flags, parameter.shape, parameter.dtype)
+    return fields
+
+
+def _kept_dtypes(kept: Mapping[Parameter, Mapping[str, Any]], handed: Handed, expected: Any) -> dict[str, set[Any]]:
+    """The dtypes of slots that were loaded in another one than a new state has: by name, as in messages."""
+    dtypes: dict[str, set[Any]] = {}
+    for field in expected._fields[1:]:
+        present = handed.arranged({parameter: entries.get(field) for parameter, entries in kept.items()})
+        leaves = jax.tree_util.tree_flatten_with_path({"state": {field: present}})[0]
+        dtypes.update({dotted(path): {jnp.result_type(leaf)} for path, leaf in leaves})
+    return dtypes
+
+
+def _check_like(given: Any, expected: Any, kept: dict[str, set[Any]]) -> None:
+    """Raise where parameters and state have not the structure, shapes and dtypes of the optimizer's own."""
+    ours, treedef = jax.tree_util.tree_flatten_with_path(dict(zip(("params", "state"), expected, strict=True)))
+    leaves, structure = jax.tree.flatten(dict(zip(("params", "state"), given, strict=True)))
+    if structure != treedef:
+        raise ValueError(f"parameters and state must have the structure {treedef}, got {structure}")
+    for (path, own), leaf in zip(ours, leaves, strict=True):
+        name, shape, dtype = dotted(path), np.shape(leaf), jnp.result_type(leaf)
+        if shape != own.shape or dtype not in {own.dtype, *kept.get(name, ())}:
+            raise ValueError(
+                f"{name!r} has shape and dtype {(shape, dtype)}, the optimizer's has {(own.shape, own.dtype)}"
+            )

@@ -1,0 +1,162 @@
+"""Groups of parameters as an optimizer takes them: what may be in one, and errors for what looks like one."""
+
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optimjax._core import definition as _definition
+from optimjax._core.definition import Definition
+from optimjax._core.foreign import from_tensor
+from optimjax._params.source import BoxSource, Source, is_single, not_parameters, source_of
+
+__all__ = [
+    "check_apart",
+    "check_keys",
+    "check_not_options",
+    "is_list_of_groups",
+    "new_group",
+    "without_tensors",
+]
+
+Groups = Sequence[Mapping[str, Any]]
+
+
+def new_group(
+    given: Any, groups: Groups, defaults: Mapping[str, Any], definition: Definition, where: str
+) -> tuple[dict[str, Any], Source]:
+    """A group made from what the user has given, and the source of its parameters.
+
+    Args:
+      given: a dict with ``params`` and options.
+      groups: those that there are.
+      defaults: options that the dict may leave out.
+      definition: what updates the group.
+      where: the group's place, for messages.
+
+    Raises:
+      TypeError: not a dict, or nothing in it can be a parameter, or an option is misspelt or of another type.
+      ValueError: it has no parameters, an option is out of range, a parameter is in two groups.
+    """
+    if not isinstance(given, dict):
+        raise TypeError(f"param_group must be a dict, but got {type(given).__name__}: {given!r}")
+    if "params" not in given:
+        raise ValueError(f"param_group has no 'params', only {list(given)}")
+    params = given["params"]
+    source = source_of([params] if is_single(params) else params)
+    if not source.parameters and (params is None or jax.tree_util.all_leaves([params])):
+        raise TypeError(not_parameters(f"params{where}", params))
+    options = {name: without_tensors(value) for name, value in given.items()}
+    group: dict[str, Any] = {**defaults, **options, "params": list(source.parameters)}
+    names = group.pop("param_names", None)
+    if isinstance(source, BoxSource) and source.names is None and names and len(names) == len(source.parameters):
+        source = BoxSource(zip(names, source.parameters, strict=True))  # a group of another optimizer
+    # A group without parameters neither has names nor lacks them, and is as the groups before it.
+    names_of_none = [] if any("param_names" in other for other in groups) else None
+    names = source.names if source.parameters else names_of_none
+    if names is not None:
+        group["param_names"] = list(names)
+    check_keys(given, definition, defaults, where)
+    definition.check(group, where)
+    check_apart(group, groups, where)
+    return group, source
+
+
+def check_keys(group: Mapping[str, Any], definition: Definition, defaults: Mapping[str, Any], where: str) -> None:
+    """Raise for a misspelt option; a key that resembles none is the user's own."""
+    known = definition.hyperparameters.kinds.keys() | defaults.keys()
+    for name in group:
+        meant = None if name in known else _meant(name, known)
+        if meant is not None and not any(name in other.hyperparameters.kinds for other in _definition.package):
+            raise TypeError(
+                f"unknown option {name!r}{where}: did you mean {meant!r}? {definition.name} knows "
+                f"{sorted(known)}; entries of your own need a name that does not resemble these"
+            )
+
+
+# What these options are called elsewhere.
+_OTHER_NAMES = {
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "epsilon": "eps",
+    "beta": "betas",
+    "beta1": "betas",
+    "beta2": "betas",
+}
+
+
+def _meant(name: Any, options: Iterable[str]) -> str | None:
+    """The option that a key resembles; one that says more, such as ``lr_scale``, is another word."""
+    if name in ("params", "param_names", "name") or not isinstance(name, str):
+        return None
+    known = {*options, "params"}
+    if (other := _OTHER_NAMES.get(name)) in known:
+        return other
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    return None if not near or name.startswith(f"{near[0]}_") or name.endswith(f"_{near[0]}") else near[0]
+
+
+def check_apart(group: Mapping[str, Any], groups: Groups, where: str) -> None:
+    """Raise where a new group and those before it do not go together."""
+    seen = {parameter for other in groups for parameter in other["params"]}
+    double = [str(parameter) for parameter, count in Counter(group["params"]).items() if count > 1]
+    if double:
+        raise ValueError(f"a parameter appears more than once{where}: {', '.join(double)}")
+    twice = [str(parameter) for parameter in group["params"] if parameter in seen]
+    if twice:
+        raise ValueError(f"some parameters appear in more than one parameter group: {', '.join(twice)}")
+    for other in groups:
+        if other["params"] and ("param_names" in other) != ("param_names" in group):
+            with_or_without = "with names" if "param_names" in group else "without names"
+            raise ValueError(
+                "all optimizer param groups should be with/without names. "
+                f"cannot add param group {with_or_without} to the optimizer"
+            )
+
+
+def is_list_of_groups(params: Any) -> bool:
+    """Whether this is a list of dicts that each have ``params``.
+
+    Raises:
+      ValueError: only some of them have.
+    """
+    if not isinstance(params, (list, tuple)) or not params or not all(isinstance(group, dict) for group in params):
+        return False
+    without = [index for index, group in enumerate(params) if "params" not in group]
+    if without and len(without) < len(params):
+        raise ValueError(f"param_groups[{without[0]}] has no 'params', only {list(params[without[0]])}")
+    return not without
+
+
+def check_not_options(params: Any, options: Iterable[str]) -> None:
+    """Raise for misspelt groups, which would be taken for a tree, and their options ignored."""
+    for item in params if isinstance(params, (list, tuple)) else ():
+        check_not_options(item, options)
+    if not isinstance(params, dict):
+        return
+    given = [name for name, value in params.items() if name in options and _is_option(value)]
+    near = [str(name) for name in params if difflib.get_close_matches(str(name), ["params"])]
+    if given and (near or {"lr", "weight_decay", "betas"} & {*given}):
+        option = given[0]
+        raise ValueError(
+            f"{option!r} is an option, here {params[option]!r}, in a dict that is taken for a tree of parameters "
+            f"because it is not a group: groups are a list of dicts, each with 'params', as in "
+            f"[{{'params': ..., {option!r}: {params[option]!r}}}]; this one has the keys {list(params)}"
+        )
+
+
+def _is_option(value: Any) -> bool:
+    """Whether this can be the value of an option, and not a leaf that is trained."""
+    return isinstance(value, (bool, int, float)) or (
+        isinstance(value, tuple) and bool(value) and all(map(_is_option, value))
+    )
+
+
+def without_tensors(value: Any) -> Any:
+    """The value of an option, with JAX's arrays in place of PyTorch's."""
+    if isinstance(value, tuple):
+        return tuple(map(without_tensors, value))
+    return jnp.asarray(from_tensor(value)) if hasattr(value, "detach") else value
