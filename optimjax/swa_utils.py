@@ -26,14 +26,15 @@ import numpy as np
 from jax import Array
 
 from optimjax._core.averaging import Exponential, Uniform, check_decay
-from optimjax._core.foreign import is_nnx, nnx
+from optimjax._core.containers import as_array, own_memory
+from optimjax._core.foreign import is_nnx, is_torch_module, nnx
 from optimjax._core.numerics import at_least_float32
 from optimjax._core.reading import as_count, slot_array
 from optimjax._core.tree import copied_array, distinct_names, is_inexact_array
 from optimjax._facade.optimizer import Optimizer
 from optimjax._facade.state_dict import as_dict
 from optimjax._params.parameter import Parameter
-from optimjax._params.source import parameters
+from optimjax._params.source import not_parameters, parameters
 from optimjax._storage.placement import sharding_of
 from optimjax.lr_scheduler.base import LRScheduler, Rate, building, extended, per_group
 
@@ -153,6 +154,8 @@ class AveragedModel:
         for name, function in (("avg_fn", avg_fn), ("multi_avg_fn", multi_avg_fn)):
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be a function, such as get_ema_avg_fn(0.99), got {function!r}")
+        if is_torch_module(model):
+            raise TypeError(not_parameters("model", model))
         self.module = copy.deepcopy(model) if is_nnx(model) else model
         self.n_averaged = 0
         self.avg_fn = avg_fn
@@ -242,7 +245,7 @@ class AveragedModel:
 
     def _own(self, value: Any, like: Array | None = None) -> Array:
         """The value as an array of its own: in the dtype of the present one, and where that is."""
-        array = jnp.asarray(value) if like is None else jnp.asarray(value, like.dtype)
+        array = as_array(value, None if like is None else like.dtype)
         if self._device is not None:
             return jax.device_put(array, self._device, may_alias=False)
         if like is not None and (sharding := sharding_of(like)) is not None:
@@ -251,6 +254,7 @@ class AveragedModel:
 
     def _beside(self, array: Any, like: Array) -> Any:
         """The array where the present one is, if somebody has placed that."""
+        array = own_memory(array)
         if self._device is None and sharding_of(like) is None:
             return array
         return array if getattr(array, "sharding", None) == like.sharding else jax.device_put(array, like.sharding)

@@ -435,7 +435,9 @@ def test_an_algorithm_may_be_a_static_argument(compilations: Any) -> None:
 
 
 @pytest.mark.parametrize("case", EVERY, ids=str)
-@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))], ids=str)
+@pytest.mark.parametrize(
+    "duplicate", [copy.copy, copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))], ids=["copy", "deepcopy", "pickle"]
+)
 def test_an_algorithm_can_be_copied_and_pickled(case: Case, duplicate: Any) -> None:
     algorithm = case.factory(**case.variants()[1])
     assert duplicate(algorithm) == algorithm

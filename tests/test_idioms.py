@@ -1,6 +1,7 @@
 """What scripts of PyTorch do that no page of an API lists: closures, foreign entries, edited state and groups."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +11,8 @@ import pytest
 from flax import nnx
 
 import optimjax as optim
+from optimjax import functional as F
+from optimjax.swa_utils import AveragedModel
 
 
 def by_gradient(optimizer: Any, *grads: Any) -> None:
@@ -539,3 +542,122 @@ def test_a_parameter_has_the_methods_of_its_array(bound: bool) -> None:
 def test_what_a_tensor_has_is_pointed_to(name: str, hint: str) -> None:
     with pytest.raises(AttributeError, match=f"a Parameter has no attribute '{name}': .*{hint}"):
         getattr(optim.Parameter(1.0), name)
+
+
+# --- Doors found by a second attack -----------------------------------------------------------------------------------
+
+
+def _by_gradient(optimizer: Any, parameter: Any, buffer: np.ndarray) -> None:
+    parameter.grad = buffer
+    optimizer.step()
+
+
+def _by_operator(optimizer: Any, parameter: Any, buffer: np.ndarray) -> None:
+    parameter -= buffer
+
+
+@pytest.mark.parametrize("how", [_by_gradient, _by_operator], ids=["grad", "operator"])
+def test_a_buffer_of_numpy_can_be_filled_again(how: Callable[..., None]) -> None:
+    """JAX reads the memory of NumPy's arrays after it has returned."""
+    size = 10**6
+    for _ in range(3):
+        optimizer = optim.SGD({"w": jnp.zeros(size)}, lr=1.0)
+        (parameter,) = optimizer.param_groups[0]["params"]
+        buffer = np.empty(size, np.float32)
+        for _ in range(4):
+            buffer[:] = 1
+            how(optimizer, parameter, buffer)
+            buffer[:] = -1e6
+        np.testing.assert_allclose(parameter.value, -4, rtol=1e-5)
+
+
+def test_what_is_made_of_a_buffer_has_memory_of_its_own() -> None:
+    buffer = np.ones(10**6, np.float32)
+    parameter, averaged = optim.Parameter(buffer), AveragedModel({"w": jnp.ones(10**6)})
+    optimizer = optim.SGD({"w": buffer})
+    for _ in range(2):
+        averaged.update_parameters({"w": buffer})
+    buffer[:] = 5
+    for array in (parameter.value, optimizer.params["w"], averaged.module["w"]):
+        np.testing.assert_array_equal(array, 1)
+
+
+def test_deleted_arrays_are_not_taken_over() -> None:
+    grads = {"w": jnp.ones(3)}
+    optimizer = optim.Adam({"w": jnp.ones(3)}, lr=0.1)
+    optimizer.donate = True
+    optimizer.step(grads)
+    snapshot = optimizer.functional_state()
+    optimizer.step(grads)
+    before = np.asarray(optimizer.params["w"])
+    with pytest.raises(ValueError, match=r"'params\.w' cannot be taken over: an array .* deleted"):
+        optimizer.load_functional_state(*snapshot)
+    np.testing.assert_array_equal(optimizer.params["w"], before)
+    optimizer.step(grads)
+    (parameter,) = optimizer.param_groups[0]["params"]
+    with pytest.raises(ValueError, match="has been deleted"):
+        parameter.value = snapshot[0]["w"]
+
+
+@pytest.mark.parametrize("wrong", [jnp.zeros(3, int), jnp.zeros(4), jnp.zeros(3, complex), "text"], ids=str)
+def test_edited_state_is_checked_on_its_way_to_the_functional_form(wrong: Any) -> None:
+    parameter = optim.Parameter(jnp.ones(3), name="w")
+    optimizer = optim.Adam([parameter], lr=0.1)
+    optimizer.step([jnp.ones(3)])
+    optimizer.state[parameter]["exp_avg"] = wrong
+    with pytest.raises(ValueError, match="state of parameter 'w': 'exp_avg'"):
+        optimizer.functional_state()
+
+
+def test_lbfgs_notices_edited_parameters() -> None:
+    edits = (lambda params: params.pop(), lambda params: params.append(optim.Parameter(jnp.ones((2, 2)))))
+    for edit in edits:
+        a, b = (optim.Parameter(jnp.ones((2, 2)), name=name) for name in "ab")
+        optimizer = optim.LBFGS([a, b])
+        loss = lambda params: sum(jnp.sum(jnp.asarray(p) ** 2) for p in params)  # noqa: E731
+        optimizer.step(loss)
+        edit(optimizer.param_groups[0]["params"])
+        with pytest.raises(ValueError, match=r"state of parameter 'a': 'd' has shape \(8,\), expected"):
+            optimizer.step(loss)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {"a": {"params": [jnp.ones(1)], "lr": 0.5}, "b": {"params": [jnp.ones(1)], "lr": 0.9}},
+        {"params": [jnp.ones(1)], "lr": np.float32(0.5)},
+        {"params": [jnp.ones(1)], "lr": [0.5]},
+    ],
+    ids=["dict of groups", "numpy scalar", "list"],
+)
+def test_more_of_what_looks_like_groups(groups: Any) -> None:
+    with pytest.raises(ValueError, match=r"'lr' is an option, .* because it is not a group"):
+        optim.SGD(groups, lr=0.1)
+
+
+def test_options_in_capitals() -> None:
+    with pytest.raises(TypeError, match=r"unknown option 'LR'.*did you mean 'lr'"):
+        optim.AdamW([{"params": [jnp.ones(1)], "LR": 0.5}])
+
+
+def test_one_parameter_twice_by_hand() -> None:
+    parameter = optim.Parameter(jnp.ones(2), name="w")
+    optimizer = optim.SGD([parameter], lr=0.1, momentum=0.9)
+    optimizer.param_groups[0]["params"].append(parameter)
+    with pytest.raises(ValueError, match="appears more than once in the groups, which were edited: w"):
+        optimizer.step([jnp.ones(2)] * 2)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        AveragedModel,
+        lambda module: optim.group_parameters(module, []),
+        F.adam().init,
+        lambda module: optim.clip_grad_norm_(module, 1.0),
+    ],
+    ids=["average", "groups", "functional", "clip"],
+)
+def test_modules_of_pytorch_are_called_by_their_name(use: Callable[..., Any], torch: Any) -> None:
+    with pytest.raises(TypeError, match="PyTorch module"):
+        use(torch.nn.Linear(2, 2))

@@ -256,3 +256,26 @@ def test_copies_lie_as_what_they_copy(kind: Any) -> None:
     assert_same_places(placed(optimizer), placed(copy.deepcopy(optimizer)))
     optimizer.load_functional_state(*optimizer.functional_state())
     assert_same_places(placed(copy.deepcopy(optimizer)), placed(optimizer))
+
+
+@pytest.mark.parametrize("name", ["Adam", "SGD", "Adafactor", "Muon", "ASGD", "NAdam"])
+def test_explicit_shardings_may_differ(name: str) -> None:
+    """Of gradient and parameter, and of a slot that somebody has placed otherwise; each keeps its own."""
+    mesh = mesh_of(AxisType.Explicit)
+    rows, columns = NamedSharding(mesh, P("d")), NamedSharding(mesh, P(None, "d"))
+    with jax.set_mesh(mesh):
+        params = {"w": jax.device_put(WHOLE["w"], rows)}
+        optimizer, twin = (getattr(optim, name)(given, lr=0.1) for given in (params, {"w": WHOLE["w"]}))
+        grads = {"w": jax.device_put(WHOLE["w"], columns)}
+        optimizer.step(grads)
+        (box,) = optimizer.param_groups[0]["params"]
+        for slot, value in list(optimizer.state.get(box, {}).items()):
+            if getattr(value, "shape", None) == box.shape:
+                optimizer.state[box][slot] = jax.device_put(value, columns)
+        optimizer.step(grads)
+        assert optimizer.params["w"].sharding.is_equivalent_to(rows, 2)
+        for value in optimizer.state.get(box, {}).values():
+            assert getattr(value, "shape", None) != box.shape or value.sharding.is_equivalent_to(columns, 2)
+    for _ in range(2):
+        twin.step({"w": WHOLE["w"]})
+    np.testing.assert_allclose(optimizer.params["w"], twin.params["w"], rtol=1e-4, atol=2e-5)

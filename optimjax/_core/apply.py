@@ -90,9 +90,11 @@ def _widened(flags: Any, param: Array, grad: Array, slots: Any, scalars: Any) ->
     dtype = at_least_float32(param.dtype)
 
     def widen(x: Array) -> Array:
+        # What has the parameter's shape lies as it does meanwhile, or operations could not combine them.
+        x = resharded(x, explicit(param)) if x.shape == param.shape else x
         return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
-    grad = grad.astype(dtype)
+    grad = widen(grad).astype(dtype)
     if getattr(flags, "maximize", False):
         grad = -grad
     scalars = jax.tree.map(lambda scalar: jnp.asarray(scalar, dtype), scalars)

@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping, MutableSequence, Set
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
 from optimjax._core.foreign import from_tensor
 
-__all__ = ["copied", "not_deleted", "own_memory", "plain"]
+__all__ = ["as_array", "copied", "not_deleted", "own_memory", "plain"]
 
 
 def not_deleted(value: Any) -> Any:
@@ -23,6 +24,11 @@ def not_deleted(value: Any) -> Any:
 def own_memory(value: Any) -> Any:
     """The value; an array of NumPy, which may be written to, as a copy."""
     return value.copy() if isinstance(value, np.ndarray) else value
+
+
+def as_array(value: Any, dtype: Any = None) -> jax.Array:
+    """An array of JAX with memory of its own: JAX may read that of NumPy after it has returned."""
+    return jnp.asarray(own_memory(value), dtype)
 
 
 def copied(value: Any, leaf: Callable[[Any], Any] = own_memory) -> Any:

@@ -49,4 +49,4 @@ def from_tensor(x: Any) -> Any:
     try:
         return tensor.numpy()
     except TypeError:  # bfloat16, which NumPy lacks
-        return jnp.array(jnp.from_dlpack(tensor.contiguous()), copy=True)
+        return jnp.from_dlpack(tensor.contiguous().clone())  # whose memory nobody else has

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optimjax._core.containers import not_deleted, own_memory
+from optimjax._core.containers import as_array, not_deleted, own_memory
 from optimjax._core.foreign import from_tensor
 from optimjax._storage.placement import place, sharding_of
 
@@ -119,7 +119,7 @@ def _of_kind(value: Any, dtype: Any) -> jax.Array:
         raise TypeError(f"its dtype {array.dtype} is of another kind than {dtype}")
     if is_plain:
         array = array.astype(dtype)
-    array = array if isinstance(array, jax.Array) else jnp.array(array)
+    array = array if isinstance(array, jax.Array) else as_array(array)
     if kind == most:
         return array
     with jax.numpy_dtype_promotion("standard"):  # meant here, whatever is forbidden elsewhere
@@ -141,7 +141,7 @@ def read_array(value: Any, param: Any = None) -> Any:
     given = value = not_deleted(from_tensor(value))
     if isinstance(value, np.ndarray):
         try:
-            array = jnp.array(value)
+            array = as_array(value)
         except TypeError:  # of strings, objects, ...
             return own_memory(value)
         value = array if array.dtype == value.dtype else own_memory(value)

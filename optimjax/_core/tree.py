@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from optimjax._core.foreign import is_torch_module
 from optimjax._core.sparse import addressed, is_sparse
 from optimjax._storage.placement import sharding_of
 
@@ -54,6 +55,8 @@ def is_inexact_array(leaf: Any) -> bool:
 
 def kind_of(leaf: Any) -> str:
     """For messages: what a leaf is if it is not such an array."""
+    if is_torch_module(leaf):
+        return f"PyTorch module ({type(leaf).__name__})"
     return f"{leaf.dtype} array" if isinstance(leaf, _ARRAYS) else type(leaf).__name__
 
 

@@ -1,7 +1,7 @@
 """From gradients to buckets: which parameters share a program, and what the next step starts from."""
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
 from operator import is_
@@ -104,6 +104,9 @@ class Planner:
         together |= rule.takes == "all"
         plan = self.plan
         if plan is None or plan.key != key or not all(bucket.fits(state) for bucket in plan.buckets):
+            if twice := [p for p, count in Counter(parameters).items() if count > 1]:
+                names = ", ".join(name_of(parameter, groups) for parameter in twice[:3])
+                raise ValueError(f"a parameter appears more than once in the groups, which were edited: {names}")
             members = self._members(groups, state, grads, resolved)
             positions, shared = self._layout(members)
             if together:

@@ -350,7 +350,7 @@ def _with_gradient(parameters: Any) -> list[Parameter]:
     for parameter in given:
         if not isinstance(parameter, Parameter):
             raise TypeError(
-                f"parameters must be Parameters or an optimizer, but this is a {type(parameter).__name__}: give "
+                f"parameters must be Parameters or an optimizer, but this is a {kind_of(parameter)}: give "
                 "optim.parameters(module); trees of gradients are for clip_grad_norm and clip_grad_value"
             )
     if not given and isinstance(parameters, types.GeneratorType):

@@ -9,11 +9,13 @@ import numpy as np
 from jax.core import Tracer
 
 from optimjax._core.algorithm import Algorithm
+from optimjax._core.containers import as_array, not_deleted
 from optimjax._core.definition import Definition
 from optimjax._core.hyperparameters import Ignored
+from optimjax._core.reading import read_slot
 from optimjax._core.tree import dotted
 from optimjax._engine.state import ParameterState
-from optimjax._params.handed import Handed
+from optimjax._params.handed import Handed, name_of
 from optimjax._params.parameter import Parameter
 
 __all__ = ["functional_state", "hyperparameters", "taken_over"]
@@ -61,15 +63,17 @@ def functional_state(algorithm: Algorithm, groups: Groups, state: Mapping[Any, A
     params = handed.arranged({parameter: parameter.value for parameter in fields})
     initial = algorithm.init(params)
 
+    def one(parameter: Parameter, field: str, slot: Any) -> Any:
+        present = entries[parameter].get(field)
+        if present is None:
+            return slot
+        where = f"state of parameter {name_of(parameter, groups)!r}: {field!r}"  # which may have been edited
+        return read_slot(present, jax.eval_shape(lambda slot: slot, slot), parameter.value, where, slot)
+
     def filled(field: str) -> Any:
-        present = {parameter: entries[parameter].get(field) for parameter in entries}
         pairs = handed.pairs(getattr(initial, field))
         return handed.arranged(
-            {
-                parameter: slot if present[parameter] is None else present[parameter]
-                for parameter, slot in pairs
-                if parameter in entries
-            }
+            {parameter: one(parameter, field, slot) for parameter, slot in pairs if parameter in entries}
         )
 
     slots = {field: filled(field) for field in initial._fields if field != "step"}
@@ -109,11 +113,11 @@ def taken_over(
     states = {}
     for parameter, active in fields.items():
         own = {name: value for name, value in kept[parameter].items() if name not in slots}
-        entries = count | {field: jax.tree.map(jnp.asarray, columns[field][parameter]) for field in active}
+        entries = count | {field: jax.tree.map(as_array, columns[field][parameter]) for field in active}
         states[parameter] = ParameterState(own | (entries if step or rule.eager else {}))
     others = {key: value for key, value in state.items() if key not in fields}
     written = others | {parameter: entries for parameter, entries in states.items() if entries}
-    return {parameter: jnp.asarray(values[parameter]) for parameter in fields}, written
+    return {parameter: as_array(values[parameter]) for parameter in fields}, written
 
 
 def _fields(definition: Definition, groups: Groups) -> dict[Parameter, tuple[str, ...]]:
@@ -154,6 +158,10 @@ def _check_like(given: Any, expected: Any, kept: dict[str, set[Any]]) -> None:
         raise ValueError(f"parameters and state must have the structure {treedef}, got {structure}")
     for (path, own), leaf in zip(ours, leaves, strict=True):
         name, shape, dtype = dotted(path), np.shape(leaf), jnp.result_type(leaf)
+        try:
+            not_deleted(leaf)
+        except ValueError as error:
+            raise ValueError(f"{name!r} cannot be taken over: {error}") from None
         if shape != own.shape or dtype not in {own.dtype, *kept.get(name, ())}:
             raise ValueError(
                 f"{name!r} has shape and dtype {(shape, dtype)}, the optimizer's has {(own.shape, own.dtype)}"

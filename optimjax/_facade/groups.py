@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from optimjax._core import definition as _definition
+from optimjax._core.containers import as_array
 from optimjax._core.definition import Definition
 from optimjax._core.foreign import from_tensor
 from optimjax._params.source import BoxSource, Source, is_single, not_parameters, source_of
@@ -93,7 +94,10 @@ def _meant(name: Any, options: Iterable[str]) -> str | None:
     if name in ("params", "param_names", "name") or not isinstance(name, str):
         return None
     known = {*options, "params"}
-    if (other := _OTHER_NAMES.get(name)) in known:
+    lower = name.lower()
+    if lower in known and name != lower:
+        return lower
+    if (other := _OTHER_NAMES.get(lower)) in known:
         return other
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     return None if not near or name.startswith(f"{near[0]}_") or name.endswith(f"_{near[0]}") else near[0]
@@ -133,7 +137,9 @@ def is_list_of_groups(params: Any) -> bool:
 
 def check_not_options(params: Any, options: Iterable[str]) -> None:
     """Raise for misspelt groups, which would be taken for a tree, and their options ignored."""
-    for item in params if isinstance(params, (list, tuple)) else ():
+    if not isinstance(params, (list, tuple, dict)):
+        return
+    for item in params.values() if isinstance(params, dict) else params:
         check_not_options(item, options)
     if not isinstance(params, dict):
         return
@@ -150,13 +156,13 @@ def check_not_options(params: Any, options: Iterable[str]) -> None:
 
 def _is_option(value: Any) -> bool:
     """Whether this can be the value of an option, and not a leaf that is trained."""
-    return isinstance(value, (bool, int, float)) or (
-        isinstance(value, tuple) and bool(value) and all(map(_is_option, value))
-    )
+    if isinstance(value, (tuple, list)):
+        return bool(value) and all(map(_is_option, value))
+    return isinstance(value, (bool, int, float, np.generic))
 
 
 def without_tensors(value: Any) -> Any:
     """The value of an option, with JAX's arrays in place of PyTorch's."""
     if isinstance(value, tuple):
         return tuple(map(without_tensors, value))
-    return jnp.asarray(from_tensor(value)) if hasattr(value, "detach") else value
+    return as_array(from_tensor(value)) if hasattr(value, "detach") else value

@@ -6,8 +6,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from optimjax._params.parameter import Parameter
-from optimjax._params.source import Source, source_of
+from optimjax._params.source import Source, not_parameters, source_of
 
 __all__ = ["ParameterGroups", "group_parameters"]
 
@@ -61,6 +63,8 @@ def group_parameters(params: Any, rules: Sequence[Mapping[str, Any]]) -> Paramet
     [0.9 0.9] [1. 1.] [0. 0.]
     """
     source = source_of(params)
+    if not source.parameters and jax.tree_util.all_leaves([params]):
+        raise TypeError(not_parameters("params", params))
     if source.names is None:
         raise ValueError("parameters without names cannot be grouped by name: give (name, Parameter) pairs")
     named = list(zip(source.names, source.parameters, strict=True))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from optimjax._core.containers import as_array, not_deleted, own_memory
 from optimjax._core.sparse import is_sparse
 from optimjax._core.tree import check_gradient, copied_array
 
@@ -92,7 +93,7 @@ class Parameter:
     def grad(self, grad: Any) -> None:
         if grad is not None:
             check_gradient(self.__str__, self, grad)
-            grad = grad if is_sparse(grad) else jnp.asarray(grad)
+            grad = grad if is_sparse(grad) else as_array(grad)
         self._grad = grad
 
     @property
@@ -127,7 +128,7 @@ class Parameter:
         return self.value.size
 
     def _checked(self, value: Any) -> Array:
-        array = jnp.asarray(value)
+        array = as_array(not_deleted(value))
         if array.shape != self.shape:
             raise ValueError(f"value of parameter {str(self)!r} must keep shape {self.shape}, got {array.shape}")
         if array.dtype != self.dtype:
@@ -206,7 +207,7 @@ def _add_operators() -> None:
 
     def in_place(function: Any) -> Any:
         def operate(self: Parameter, other: Any) -> Parameter:
-            self.value = function(self.value, value_of(other))
+            self.value = function(self.value, own_memory(value_of(other)))
             return self
 
         return operate
@@ -253,7 +254,7 @@ jax.tree_util.register_pytree_node(Parameter, flatten, unflatten)
 def _floating(value: Any, name: str | None) -> Array:
     which = f"parameter {name!r}" if name else "a parameter"
     try:
-        array = jnp.asarray(value_of(value))
+        array = as_array(not_deleted(value_of(value)))
     except (TypeError, ValueError) as error:
         raise TypeError(f"{which} must be a floating array, got {value!r}") from error
     if not jnp.issubdtype(array.dtype, jnp.inexact):

@@ -633,8 +633,9 @@ class LBFGS(Optimizer):
         """The state that a step may update in place: that of the last one, or a new one of what somebody has seen."""
         first = self._parameters()[0]
         entry = ParameterState.of(self.state.get(first, {}))
-        if isinstance(entry.place, Kept) and len(entry.place.state.ro) == history_size:
-            return entry.place.state
+        kept = entry.place.state if isinstance(entry.place, Kept) else None
+        if kept is not None and (kept.ro.shape, kept.d.shape) == ((history_size,), (layout.size,)):
+            return kept
         state = from_entries(self._checked(first, dict(entry), "state") if entry else {}, layout, history_size)
         return spread(state, first.value)
 
