@@ -69,7 +69,7 @@ def write(path: Path) -> None:
 
 def page() -> str:
     """The page, in reStructuredText."""
-    found = [read(module.name) for module in pkgutil.iter_modules(algorithms.__path__)]
+    found = [read(module.name) for module in pkgutil.iter_modules(algorithms.__path__) if not module.ispkg]
     rows = [(f"`{entry.cls.__name__}`_", entry.title, " to ".join(dict.fromkeys(memory(entry)))) for entry in found]
     overview = table(("", "", "Memory"), rows, widths=(15, 70, 15))
     return "\n".join([INTRODUCTION, overview, *map(section, found)])

@@ -14,7 +14,9 @@ from optimjax import algorithms
 from optimjax import functional as F
 
 MODULES = [
-    importlib.import_module(f"{algorithms.__name__}.{m.name}") for m in pkgutil.iter_modules(algorithms.__path__)
+    importlib.import_module(f"{algorithms.__name__}.{m.name}")
+    for m in pkgutil.iter_modules(algorithms.__path__)
+    if not m.ispkg
 ]
 EXPORTS = [(name, getattr(module, name)) for module in MODULES for name in module.__all__]
 every_case = pytest.mark.parametrize("case", EVERY, ids=str)

@@ -1,0 +1,1 @@
+"""What users of the class hold: the optimizer, its groups, hooks and saved state."""
