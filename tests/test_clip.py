@@ -191,7 +191,7 @@ def test_an_exhausted_generator_warns_as_in_pytorch(torch: Any) -> None:
     [
         (nnx.Linear(2, 3, rngs=nnx.Rngs(0)), "Linear"),
         ({"w": optim.Parameter(1.0)}, "dict"),
-        ([optim.Parameter(1.0), jnp.ones(2)], "ArrayImpl"),
+        ([optim.Parameter(1.0), jnp.ones(2)], "float32 array"),
         ([("w", optim.Parameter(1.0))], "tuple"),
         (None, "NoneType"),
         (3.0, "float"),
