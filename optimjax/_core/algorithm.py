@@ -59,8 +59,7 @@ class Algorithm:
     def __post_init__(self) -> None:
         for key, value in self.values.items():
             _check(self.hyperparameters, key, value)
-        if self.definition.rule is not None:
-            self._check_together({})
+        self._check_together({})
 
     @property
     def name(self) -> str:

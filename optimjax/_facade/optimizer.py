@@ -400,7 +400,6 @@ class Optimizer:
     @classmethod
     def _algorithm(cls, values: Mapping[str, Any]) -> Algorithm:
         """The functional form, with these hyperparameters."""
-        cls.definition.arithmetic  # noqa: B018 - without a rule there is none
         return Algorithm(cls.definition, values)
 
     @property
