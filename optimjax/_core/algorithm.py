@@ -23,7 +23,7 @@ from optimjax._core.hyperparameters import Hyperparameters, Numeric
 from optimjax._core.tree import check_gradient, flatten_params, match, names
 from optimjax._storage.placement import place, sharding_of
 
-__all__ = ["Algorithm", "arguments_of", "check_overrides", "factory"]
+__all__ = ["Algorithm", "Params", "arguments_of", "check_order", "check_overrides", "factory"]
 
 P = ParamSpec("P")
 Params = TypeVar("Params", bound=chex.ArrayTree)
@@ -151,8 +151,7 @@ class Algorithm:
         state_type = self._state_type(leaves, flags)
         if overrides and state_type is not self._state_type(leaves, self._own_flags(params)):
             raise ValueError(f"{overrides} would change which arrays the state has; set it where {self.name} is made")
-        if isinstance(grads, state_type):
-            raise TypeError(f"the order is update(params, grads, state), but grads is {type(grads).__name__}: a state")
+        check_order(grads, state_type)
         grad_leaves = match(treedef, grads, lambda: names(params))
         slots = self._unpacked(state_type, treedef, known)
         present = [index for index, grad in enumerate(grad_leaves) if grad is not None]
@@ -306,6 +305,12 @@ def _check(hyperparameters: Hyperparameters, key: str, value: Any) -> None:
             kind.check(key, leaf)
     elif kind is not None:
         kind.check(key, value)
+
+
+def check_order(grads: Any, state_type: type) -> None:
+    """Raise where the state stands in the place of the gradients, as it does in optax."""
+    if isinstance(grads, state_type):
+        raise TypeError(f"the order is update(params, grads, state), but grads is {type(grads).__name__}: a state")
 
 
 def check_overrides(hyperparameters: Hyperparameters, overrides: Mapping[str, Any]) -> None:

@@ -68,7 +68,7 @@ def functional_state(algorithm: Algorithm, groups: Groups, state: Mapping[Any, A
         if present is None:
             return slot
         where = f"state of parameter {name_of(parameter, groups)!r}: {field!r}"  # which may have been edited
-        return read_slot(present, jax.eval_shape(lambda slot: slot, slot), parameter.value, where, slot)
+        return read_slot(present, slot, parameter.value, where, slot)
 
     def filled(field: str) -> Any:
         pairs = handed.pairs(getattr(initial, field))

@@ -14,14 +14,7 @@ from optimjax._core.definition import Definition
 from optimjax._core.foreign import from_tensor
 from optimjax._params.source import BoxSource, Source, is_single, not_parameters, source_of
 
-__all__ = [
-    "check_apart",
-    "check_keys",
-    "check_not_options",
-    "is_list_of_groups",
-    "new_group",
-    "without_tensors",
-]
+__all__ = ["check_not_options", "is_list_of_groups", "new_group", "without_tensors"]
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -60,13 +53,13 @@ def new_group(
     names = source.names if source.parameters else names_of_none
     if names is not None:
         group["param_names"] = list(names)
-    check_keys(given, definition, defaults, where)
+    _check_keys(given, definition, defaults, where)
     definition.check(group, where)
-    check_apart(group, groups, where)
+    _check_apart(group, groups, where)
     return group, source
 
 
-def check_keys(group: Mapping[str, Any], definition: Definition, defaults: Mapping[str, Any], where: str) -> None:
+def _check_keys(group: Mapping[str, Any], definition: Definition, defaults: Mapping[str, Any], where: str) -> None:
     """Raise for a misspelt option; a key that resembles none is the user's own."""
     known = definition.hyperparameters.kinds.keys() | defaults.keys()
     for name in group:
@@ -103,7 +96,7 @@ def _meant(name: Any, options: Iterable[str]) -> str | None:
     return None if not near or name.startswith(f"{near[0]}_") or name.endswith(f"_{near[0]}") else near[0]
 
 
-def check_apart(group: Mapping[str, Any], groups: Groups, where: str) -> None:
+def _check_apart(group: Mapping[str, Any], groups: Groups, where: str) -> None:
     """Raise where a new group and those before it do not go together."""
     seen = {parameter for other in groups for parameter in other["params"]}
     double = [str(parameter) for parameter, count in Counter(group["params"]).items() if count > 1]

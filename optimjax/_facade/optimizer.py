@@ -392,6 +392,9 @@ class Optimizer:
         for group, values in zip(self.param_groups, groups, strict=True):
             group.clear()
             group.update(values)
+        self._set_state(state)
+
+    def _set_state(self, state: Mapping[Any, Any]) -> None:
         self.state.clear()
         self.state.update(state)
 
@@ -459,8 +462,7 @@ class Optimizer:
     def _write(self, values: Mapping[Parameter, Array], state: Mapping[Any, Any]) -> None:
         for parameter, value in values.items():
             parameter._write(value)
-        self.state.clear()
-        self.state.update(state)
+        self._set_state(state)
 
     # --- hooks ---
 

@@ -60,7 +60,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optimjax._core.algorithm import Algorithm, Params, arguments_of, check_overrides, factory
+from optimjax._core.algorithm import Algorithm, Params, arguments_of, check_order, check_overrides, factory
 from optimjax._core.definition import names_of_others
 from optimjax._core.reading import as_count, slot_array
 from optimjax._core.tree import check_gradient, flatten_params, match, names
@@ -324,8 +324,7 @@ class Minimizer(Algorithm):
         values = {**self.values, **overrides}
         self.hyperparameters.check(values)
         layout, history_size = Layout.of(leaves), values["history_size"]
-        if isinstance(grads, LBFGSState):
-            raise TypeError("the order is update(params, grads, state), but grads is LBFGSState: a state")
+        check_order(grads, LBFGSState)
         if not isinstance(state, LBFGSState) or np.shape(state.old_dirs) != (history_size, layout.size):
             raise TypeError(
                 "state must be the LBFGSState that init returns for these parameters and "
