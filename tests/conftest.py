@@ -1,7 +1,9 @@
-"""Fixtures: seeds, strict promotion, double precision, PyTorch where it is installed, a count of compilations."""
+"""The short form and the thorough one; fixtures: seeds, strict promotion, double precision, PyTorch, compilations."""
 
 import functools
+import gc
 import importlib
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +23,45 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Random sequences compile programs, so CI has few of them. These are what `--hypothesis-profile` may name.
 settings.register_profile("few", max_examples=5, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=150, deadline=None)
-settings.load_profile("few")
+
+# Most of the time of these tests goes into compiling small programs, so the short form asks XLA for quick ones: three
+# times as fast in all. The thorough form runs what users run.
+QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
+USUAL: dict[str, Any] = {"xla_backend_optimization_level": 3}
+if jax.__version_info__ < (0, 11):  # later ones have no such option, and compile quickly without it
+    QUICK["xla_cpu_use_fusion_emitters"], USUAL["xla_cpu_use_fusion_emitters"] = False, True
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="programs as users run them, and everything in between")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    thorough = config.getoption("--thorough")
+    config.addinivalue_line("markers", "thorough: one more of a kind that the short form has, run by --thorough")
+    if not thorough:
+        flags = (f"--{name}={value}" for name, value in QUICK.items())
+        os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])  # processes of tests inherit it
+    if not config.getoption("--hypothesis-profile"):
+        settings.load_profile("thorough" if thorough else "few")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--thorough"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("thorough")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs() -> Iterator[None]:
+    """Compiled programs are dropped after each file: a thousand of them take a gigabyte."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 _compiled: list[str] = []
@@ -95,3 +135,9 @@ def in_full_precision(function: Callable[..., Any], tensor: Any) -> Callable[...
 def compilations() -> Callable[[], int]:
     """How many programs XLA has compiled so far: a test compares two readings."""
     return lambda: len(_compiled)
+
+
+@pytest.fixture
+def usual() -> dict[str, Any]:
+    """For ``lowered.compile(usual)``, where a test reads the program itself: the options under which users compile."""
+    return USUAL

@@ -34,7 +34,7 @@ def assert_same(ours: Any, theirs: Any, infinite: bool, what: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", VALUES)
-@pytest.mark.parametrize("run", [facade, functional_steps])
+@pytest.mark.parametrize("run", [facade, pytest.param(functional_steps, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("case", [case for case in CASES if not case.sparse], ids=str)
 def test_numbers(
     torch: Any, request: pytest.FixtureRequest, case: Case, run: Callable[..., Result], dtype: Any

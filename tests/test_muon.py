@@ -215,15 +215,15 @@ def lowered(params: Any, **options: Any) -> Any:
 
 @pytest.mark.parametrize("count", [1, 2, 24])
 @pytest.mark.parametrize("steps", [1, 5, 50])
-def test_matrices_of_one_shape_share_each_product(count: int, steps: int) -> None:
+def test_matrices_of_one_shape_share_each_product(usual: Any, count: int, steps: int) -> None:
     program = lowered([jnp.ones((8, 16))] * count, ns_steps=steps)
-    assert products(program.as_text()) == products(program.compile().as_text()) == 3
+    assert products(program.as_text()) == products(program.compile(usual).as_text()) == 3
     assert re.search(rf"\(tensor<{count}x8x16xbf16>, tensor<{count}x(8x16|16x8)xbf16>\)", program.as_text())
 
 
-def test_each_shape_has_its_products() -> None:
+def test_each_shape_has_its_products(usual: Any) -> None:
     shapes = [(8, 16), (16, 8), (8, 16), (8, 8), (16, 8)]
-    assert products(lowered([jnp.ones(shape) for shape in shapes]).compile().as_text()) == 9
+    assert products(lowered([jnp.ones(shape) for shape in shapes]).compile(usual).as_text()) == 9
 
 
 def test_groups_share_products_where_only_numbers_differ() -> None:
@@ -244,13 +244,13 @@ def test_groups_share_products_where_only_numbers_differ() -> None:
 
 @pytest.mark.parametrize("elements", [1, 40, 10**6])
 def test_together_or_alone_they_are_the_same(
-    torch: Any, x64: None, monkeypatch: pytest.MonkeyPatch, elements: int
+    usual: Any, torch: Any, x64: None, monkeypatch: pytest.MonkeyPatch, elements: int
 ) -> None:
     jax.clear_caches()
     monkeypatch.setattr(module, "ELEMENTS", elements)
     params = random_parameters([((3, 4), np.float64)] * 7)
     grads = random_gradients(params, 5)
-    text = lowered([jnp.asarray(p) for p in params]).compile().as_text()
+    text = lowered([jnp.asarray(p) for p in params]).compile(usual).as_text()
     assert products(text) == 3 * {1: 7, 40: 3, 10**6: 1}[elements]
     expected = pytorch(torch, MUON, {}, params, grads).params
     for run in (facade, functional):
@@ -260,13 +260,15 @@ def test_together_or_alone_they_are_the_same(
 
 @pytest.mark.parametrize(("ns_dtype", "share"), [("bfloat16", 3.6), ("float32", 3.1)])
 @pytest.mark.parametrize(("count", "size"), [(1, 1024), (8, 512), (64, 64)])
-def test_temporary_memory_is_that_of_the_products(ns_dtype: str, share: float, count: int, size: int) -> None:
+def test_temporary_memory_is_that_of_the_products(
+    usual: Any, ns_dtype: str, share: float, count: int, size: int
+) -> None:
     """X, the product with itself, the polynomial, and a product before it is rounded; no copies beside these."""
     params = [jax.ShapeDtypeStruct((size, size), jnp.float32)] * count
     algorithm = F.muon(ns_dtype=ns_dtype)
     state = jax.eval_shape(algorithm.init, params)
     update = jax.jit(algorithm.update, donate_argnums=(0, 2))
-    memory: Any = update.lower(params, params, state).compile().memory_analysis()
+    memory: Any = update.lower(params, params, state).compile(usual).memory_analysis()
     assert memory.temp_size_in_bytes <= share * count * size**2 * 4
 
 

@@ -1412,12 +1412,12 @@ def test_donate_updates_parameters_in_place(by_loss: bool) -> None:
         jax.tree.map(np.testing.assert_array_equal, kept.params, donating.params)
 
 
-def test_with_donate_a_compiled_step_needs_no_memory_of_its_own() -> None:
+def test_with_donate_a_compiled_step_needs_no_memory_of_its_own(usual: Any) -> None:
     optimizer = optim.Adam([jnp.ones((256, 256)) for _ in range(3)], lr=0.1)
     grads = {box: jnp.ones((256, 256)) for box in optimizer.param_groups[0]["params"]}
     plan, rows = optimizer._stepper.planner.planned(optimizer.param_groups, optimizer.state, grads)
     (call,) = plan.calls(grads, rows, in_place=True)
-    compiled = update_bucket.donating((1, 2)).lower(*call.args).compile()
+    compiled = update_bucket.donating((1, 2)).lower(*call.args).compile(usual)
     memory: Any = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < 1000
     assert memory.alias_size_in_bytes == 9 * 256 * 256 * 4

@@ -18,11 +18,24 @@ SHAPES = [
     ((3,), np.complex128),
     ((), np.float64),
 ]
-COMBINATIONS = [
-    pytest.param(case, options, id="-".join([str(case), *(f"{name}={options[name]}" for name in case.grid)]))
-    for case in CASES
-    for options in case.combinations()
-]
+
+
+def combinations(*marks: pytest.MarkDecorator) -> Any:
+    """Every combination of flags; ``marks`` are on those between the first, all of them off, and the last."""
+    return pytest.mark.parametrize(
+        ("case", "options"),
+        [
+            pytest.param(
+                case,
+                options,
+                id="-".join([str(case), *(f"{name}={options[name]}" for name in case.grid)]),
+                marks=() if options in (every[0], every[-1]) else marks,
+            )
+            for case in CASES
+            for every in [list(case.combinations())]
+            for options in every
+        ],
+    )
 
 
 def assert_same(ours: Result, theirs: Result, with_step: bool = True) -> None:
@@ -46,14 +59,14 @@ def missing(grads: list[list[Any]]) -> list[list[Any]]:
     ]
 
 
-@pytest.mark.parametrize(("case", "options"), COMBINATIONS)
+@combinations()
 def test_facade_float64(torch: Any, x64: None, case: Case, options: dict[str, Any]) -> None:
     params = random_parameters(case.shapes(SHAPES))
     grads = missing(random_gradients(params, STEPS))
     assert_same(facade(case, options, params, grads), pytorch(torch, case, options, params, grads))
 
 
-@pytest.mark.parametrize(("case", "options"), COMBINATIONS)
+@combinations(pytest.mark.thorough)
 def test_functional_float64(torch: Any, x64: None, case: Case, options: dict[str, Any]) -> None:
     params = random_parameters(case.shapes(SHAPES))
     grads = random_gradients(params, STEPS)
@@ -65,7 +78,7 @@ def test_functional_float64(torch: Any, x64: None, case: Case, options: dict[str
     assert_same(ours, theirs, with_step=False)
 
 
-@pytest.mark.parametrize(("case", "options"), COMBINATIONS)
+@combinations(pytest.mark.thorough)
 def test_float32_is_as_near_the_truth_as_pytorch(torch: Any, case: Case, options: dict[str, Any]) -> None:
     params = random_parameters([((16, 16), np.float32)] * 8)
     grads = random_gradients(params, STEPS, spread=1)
