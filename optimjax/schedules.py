@@ -27,6 +27,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from optimjax._core.formulas import (
+    annealing,
+    cyclic_scale,
+    functions_of,
+    improvement,
+    one_cycle_ends,
+    one_cycle_steps,
+    phases,
+    real,
+    reduced,
+    triangle,
+    watch,
+    worst,
+)
+
 __all__ = [
     "Plateau",
     "PlateauState",
@@ -54,45 +69,12 @@ Schedule = Callable[[Any], Any]
 P = ParamSpec("P")
 
 
-class _Math:
-    """The functions of NumPy that schedules use, for one Python number, in double precision and as PyTorch has them."""
-
-    cos = math.cos
-    floor = math.floor
-    minimum = min
-    maximum = max
-
-    @staticmethod
-    def where(condition: Any, yes: Any, no: Any) -> Any:
-        return yes if condition else no
-
-    @staticmethod
-    def searchsorted(values: Any, count: Any, side: Literal["right"]) -> int:
-        return bisect_right(values, count)
-
-    @staticmethod
-    def asarray(values: Any) -> Any:
-        return values.tolist()
-
-
-def _functions(count: Any) -> Any:
-    """Where the mathematical functions of a count come from."""
-    if isinstance(count, jax.Array):
-        return jnp
-    return np if isinstance(count, np.ndarray) else _Math
-
-
-def _real(number: Any) -> Any:
-    """An array of JAX in its default precision, since JAX may be told not to promote integers; any other as it is."""
-    return number.astype(jnp.result_type(float)) if isinstance(number, jax.Array) else number
-
-
 def _passed(milestones: Any, count: Any) -> Any:
     """How many of the milestones, which ascend, lie at the count or before it; compared in one dtype."""
     if isinstance(count, jax.Array):
-        count = _real(count) if jnp.issubdtype(milestones.dtype, jnp.floating) else count
+        count = real(count) if jnp.issubdtype(milestones.dtype, jnp.floating) else count
         milestones = jnp.asarray(milestones, count.dtype)
-    return _functions(count).searchsorted(milestones, count, side="right")
+    return functions_of(count).searchsorted(milestones, count, side="right")
 
 
 class _Made:
@@ -139,8 +121,8 @@ def constant(value: Value, factor: float = 1.0 / 3, total_iters: int = 5) -> Sch
     """
     if not 0 <= factor <= 1:
         raise ValueError(f"Constant multiplicative factor expected to be between 0 and 1, got {factor}")
-    value = _real(value)
-    return lambda count: value * (factor + _functions(count).where(count >= total_iters, 1 - factor, 0.0))
+    value = real(value)
+    return lambda count: value * (factor + functions_of(count).where(count >= total_iters, 1 - factor, 0.0))
 
 
 @_shown
@@ -161,8 +143,8 @@ def linear(value: Value, start_factor: float = 1.0 / 3, end_factor: float = 1.0,
     if not 0 <= end_factor <= 1:
         raise ValueError(f"Ending multiplicative factor expected to be between 0 and 1, got end_factor={end_factor}")
     # With total_iters=0 it stays at the first value, as PyTorch's does.
-    value, rise, whole = _real(value), end_factor - start_factor, total_iters or 1
-    return lambda count: value * (start_factor + rise * _functions(count).minimum(total_iters, _real(count)) / whole)
+    value, rise, whole = real(value), end_factor - start_factor, total_iters or 1
+    return lambda count: value * (start_factor + rise * functions_of(count).minimum(total_iters, real(count)) / whole)
 
 
 @_shown
@@ -176,8 +158,8 @@ def step(value: Value, step_size: int, gamma: float = 0.1) -> Schedule:
       ValueError: ``step_size`` is not positive.
     """
     _check_positive("step_size", step_size)
-    value = _real(value)
-    return lambda count: value * gamma ** _real(count // step_size)
+    value = real(value)
+    return lambda count: value * gamma ** real(count // step_size)
 
 
 @_shown
@@ -187,8 +169,8 @@ def multi_step(value: Value, milestones: Iterable[int], gamma: float = 0.1) -> S
     >>> [multi_step(1.0, milestones=[1, 3], gamma=0.5)(count) for count in range(5)]
     [1.0, 0.5, 0.5, 0.25, 0.25]
     """
-    value, ordered = _real(value), np.sort(np.asarray(list(milestones)))
-    return lambda count: value * gamma ** _real(_passed(ordered, count))
+    value, ordered = real(value), np.sort(np.asarray(list(milestones)))
+    return lambda count: value * gamma ** real(_passed(ordered, count))
 
 
 @_shown
@@ -198,8 +180,8 @@ def exponential(value: Value, gamma: float) -> Schedule:
     >>> [exponential(1.0, gamma=0.5)(count) for count in range(3)]
     [1.0, 0.5, 0.25]
     """
-    value = _real(value)
-    return lambda count: value * gamma ** _real(count)
+    value = real(value)
+    return lambda count: value * gamma ** real(count)
 
 
 @_shown
@@ -210,11 +192,11 @@ def polynomial(value: Value, total_iters: int = 5, power: float = 1.0) -> Schedu
     [1.0, 0.5625, 0.25, 0.0625, 0.0, 0.0]
     """
     # With total_iters=0 it stays at the first value, as PyTorch's does.
-    value, whole = _real(value), float(total_iters or 1)
+    value, whole = real(value), float(total_iters or 1)
 
     def schedule(count: Any) -> Any:
-        xp = _functions(count)
-        left = 1.0 - xp.minimum(total_iters, _real(count)) / whole
+        xp = functions_of(count)
+        left = 1.0 - xp.minimum(total_iters, real(count)) / whole
         return value * xp.maximum(left, 0.0) ** power  # compiled, a division may come to more than 1
 
     return schedule
@@ -231,8 +213,8 @@ def cosine_annealing(value: Value, T_max: float, eta_min: float = 0.0) -> Schedu
       ValueError: ``T_max`` is not positive.
     """
     _check_positive("T_max", T_max)
-    value = _real(value)
-    return lambda count: eta_min + (value - eta_min) * (1 + _functions(count).cos(math.pi * _real(count) / T_max)) / 2
+    value = real(value)
+    return lambda count: eta_min + (value - eta_min) * (1 + functions_of(count).cos(math.pi * real(count) / T_max)) / 2
 
 
 @_shown
@@ -256,16 +238,16 @@ def cosine_annealing_warm_restarts(value: Value, T_0: int, T_mult: int = 1, eta_
     while T_mult > 1 and starts[-1] + lengths[-1] < 2**31:
         starts.append(starts[-1] + lengths[-1])
         lengths.append(lengths[-1] * T_mult)
-    value, starts, lengths = _real(value), np.asarray(starts, np.int32), np.asarray(lengths, float)
+    value, starts, lengths = real(value), np.asarray(starts, np.int32), np.asarray(lengths, float)
 
     def schedule(count: Any) -> Any:
-        xp = _functions(count)
+        xp = functions_of(count)
         if T_mult == 1:
             since, length = count % T_0, T_0
         else:
             cycle = _passed(starts, count) - 1
-            since, length = _real(count) - _real(xp.asarray(starts))[cycle], xp.asarray(lengths)[cycle]
-        return eta_min + (value - eta_min) * (1 + xp.cos(math.pi * _real(since) / length)) / 2
+            since, length = real(count) - real(xp.asarray(starts))[cycle], xp.asarray(lengths)[cycle]
+        return eta_min + (value - eta_min) * (1 + xp.cos(math.pi * real(since) / length)) / 2
 
     return schedule
 
@@ -295,33 +277,8 @@ def cyclic(
     _check_positive("step_size_up", step_size_up)
     up = float(step_size_up)
     total = up + (float(step_size_down) if step_size_down is not None else up)
-    value, peak = _real(value), _real(max_lr)
+    value, peak = real(value), real(max_lr)
     return lambda count: triangle(value, peak, count, total, up / total, scale, by)
-
-
-def triangle(value: Value, peak: Value, count: Any, total: float, ratio: float, scale: Any, by: str) -> Any:
-    """The value at a count of cycles of length ``total``, of which ``ratio`` goes towards ``peak``."""
-    xp, count = _functions(count), _real(count)
-    cycle = xp.floor(1 + count / total)
-    x = 1.0 + count / total - cycle
-    height = xp.where(x <= ratio, x / ratio, (x - 1) / (ratio - 1) if ratio < 1 else 0.0)
-    return value + (peak - value) * height * scale(cycle if by == "cycle" else count)
-
-
-def cyclic_scale(
-    mode: str, gamma: float, scale_fn: Callable[[Any], Any] | None, scale_mode: str
-) -> tuple[Callable[[Any], Any], str]:
-    """How high the cycles of ``CyclicLR`` are: a factor, by the number of the cycle (from 1) or by the count."""
-    if scale_fn is not None:
-        return scale_fn, scale_mode
-    scales: dict[str, tuple[Callable[[Any], Any], str]] = {
-        "triangular": (lambda cycle: 1.0, "cycle"),
-        "triangular2": (lambda cycle: 1 / 2.0 ** (cycle - 1), "cycle"),
-        "exp_range": (lambda count: gamma**count, "iterations"),
-    }
-    if mode not in scales:
-        raise ValueError(f"mode is invalid and scale_fn is None: mode must be one of {', '.join(scales)}, got {mode!r}")
-    return scales[mode]
 
 
 @_shown
@@ -356,55 +313,15 @@ def one_cycle(
     total = one_cycle_steps(total_steps, epochs, steps_per_epoch)
     ends = one_cycle_ends(total, pct_start, three_phase)
     anneal = annealing(anneal_strategy)
-    value = _real(value)
+    value = real(value)
     initial = value / div_factor
     values = [initial, value, *([initial] if three_phase else []), initial / final_div_factor]
 
     def schedule(count: Any) -> Any:
         # The scheduler may be stepped once too often, to `total`; PyTorch's value there lies beyond the last one.
-        return phases(_functions(count).where(count > total, total - 1, _real(count)), ends, values, anneal)
+        return phases(functions_of(count).where(count > total, total - 1, real(count)), ends, values, anneal)
 
     return schedule
-
-
-def phases(count: Any, ends: Sequence[float], values: Sequence[Any], anneal: Callable[[Any, Any, Any], Any]) -> Any:
-    """The value at a count of phases that end at ``ends``, each between two of ``values``, one more than ``ends``."""
-    result = None
-    for start, end, first, last in reversed(list(zip([0.0, *ends], ends, values, values[1:], strict=False))):
-        share = (count - start) / (end - start) if end != start else 1.0
-        piece = anneal(first, last, share)
-        result = piece if result is None else _functions(count).where(count <= end, piece, result)
-    return result
-
-
-def one_cycle_steps(total_steps: int | None, epochs: int | None, steps_per_epoch: int | None) -> int:
-    """The number of steps of ``OneCycleLR``, given in one of two ways."""
-    if total_steps is None and (epochs is None or steps_per_epoch is None):
-        raise ValueError("You must define either total_steps OR (epochs AND steps_per_epoch)")
-    given = (
-        {"epochs": epochs, "steps_per_epoch": steps_per_epoch} if total_steps is None else {"total_steps": total_steps}
-    )
-    for name, number in given.items():
-        if not isinstance(number, int) or number <= 0:
-            raise ValueError(f"Expected positive integer {name}, but got {number}")
-    return math.prod(number for number in given.values() if number is not None)
-
-
-def one_cycle_ends(total_steps: int, pct_start: float, three_phase: bool) -> list[float]:
-    """The counts at which the phases of ``OneCycleLR`` end."""
-    if not isinstance(pct_start, float) or not 0 <= pct_start <= 1:
-        raise ValueError(f"Expected float between 0 and 1 pct_start, but got {pct_start}")
-    ends = [float(pct_start * total_steps) - 1, total_steps - 1]
-    return [ends[0], float(2 * pct_start * total_steps) - 2, ends[1]] if three_phase else ends
-
-
-def annealing(strategy: str) -> Callable[[Any, Any, Any], Any]:
-    """``(start, end, share) -> value`` between two values."""
-    if strategy == "cos":
-        return lambda start, end, pct: end + (start - end) / 2.0 * (_functions(pct).cos(math.pi * pct) + 1)
-    if strategy == "linear":
-        return lambda start, end, pct: (end - start) * pct + start
-    raise ValueError(f"anneal_strategy must be one of 'cos' or 'linear', instead got {strategy}")
 
 
 @_shown
@@ -414,7 +331,7 @@ def lambda_(value: Value, lr_lambda: Callable[[Any], Any]) -> Schedule:
     >>> lambda_(0.5, lambda count: 0.5**count)(1)
     0.25
     """
-    value = _real(value)
+    value = real(value)
     return lambda count: value * lr_lambda(count)
 
 
@@ -460,8 +377,8 @@ def sequential(schedules: Sequence[Schedule], milestones: Sequence[int]) -> Sche
         raise ValueError(f"milestones must ascend, got {milestones}")
 
     def schedule(count: Any) -> Any:
-        xp = _functions(count)
-        if xp is _Math:
+        xp = functions_of(count)
+        if xp not in (jnp, np):  # a Python number
             index = bisect_right(milestones, count)
             return schedules[index](count - [0, *milestones][index])
         result = schedules[0](count)
@@ -511,8 +428,8 @@ def warmup(schedule: Schedule, total_iters: int, *, delay: bool = True) -> Sched
     _check_positive("total_iters", total_iters)
 
     def joined(count: Any) -> Any:
-        xp = _functions(count)
-        share = xp.minimum((_real(count) + 1) / float(total_iters), 1.0)
+        xp = functions_of(count)
+        share = xp.minimum((real(count) + 1) / float(total_iters), 1.0)
         return schedule(xp.maximum(count - total_iters, 0) if delay else count) * share
 
     return joined
@@ -576,42 +493,3 @@ def reduce_on_plateau(
         return new, PlateauState(new, *counted)
 
     return Plateau(init, update)
-
-
-def watch(metric: Any, best: Any, bad: Any, waiting: Any, better: Any, patience: int, cooldown: int) -> Any:
-    """Count one metric of a plateau: ``(cut, best, num_bad_epochs, cooldown_counter)``; ``cut`` says whether to cut."""
-    xp = _functions(best)
-    improved = better(metric, best)
-    bad = xp.where(improved | (waiting > 0), 0, bad + 1)
-    waiting = xp.maximum(waiting - 1, 0)
-    cut = bad > patience
-    return cut, xp.where(improved, metric, best), xp.where(cut, 0, bad), xp.where(cut, cooldown, waiting)
-
-
-def reduced(value: Any, factor: float, lowest: Any, eps: float) -> Any:
-    """A value after a cut of a plateau; a cut by less than ``eps`` is left out."""
-    xp = _functions(value)
-    new = xp.maximum(value * factor, lowest)
-    return xp.where(value - new > eps, new, value)
-
-
-def worst(mode: str) -> float:
-    """What every metric is better than."""
-    return math.inf if mode == "min" else -math.inf
-
-
-def improvement(mode: str, threshold: float, threshold_mode: str) -> Callable[[Any, Any], Any]:
-    """``(metric, best) -> bool``: whether a metric is better than the best so far by more than the threshold."""
-    if mode not in ("min", "max"):
-        raise ValueError(f"mode {mode} is unknown!")
-    if threshold_mode not in ("rel", "abs"):
-        raise ValueError(f"threshold mode {threshold_mode} is unknown!")
-    if threshold_mode == "rel":
-        return {
-            "min": lambda metric, best: metric < best * (1.0 - threshold),
-            "max": lambda metric, best: metric > best * (threshold + 1.0),
-        }[mode]
-    return {
-        "min": lambda metric, best: metric < best - threshold,
-        "max": lambda metric, best: metric > best + threshold,
-    }[mode]

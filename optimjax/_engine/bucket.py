@@ -18,7 +18,7 @@ from optimjax._engine.state import ParameterState, Place, Store
 from optimjax._params.parameter import Parameter
 from optimjax._storage.placement import canonical, pin, pinned
 
-__all__ = ["Bucket", "Member", "Updates", "update_bucket", "update_each"]
+__all__ = ["Bucket", "BucketStructure", "Member", "update_bucket", "update_each"]
 
 
 class Member(NamedTuple):
@@ -40,8 +40,8 @@ class Member(NamedTuple):
         return self.value.shape, self.value.dtype, canonical(getattr(self.value, "sharding", None)), self.flags
 
 
-class Updates:
-    """What is compiled in when a bucket is updated: structure only. Equal ones are one object.
+class BucketStructure:
+    """What is compiled in when a bucket is updated; equal ones are one object, as :func:`.interned` makes them.
 
     Attributes:
       rule: the rule.
@@ -66,24 +66,24 @@ class Updates:
 
 
 def update_each(
-    updates: Updates, slots: Any, params: Any, grads: Any, rows: Any
+    structure: BucketStructure, slots: Any, params: Any, grads: Any, rows: Any
 ) -> tuple[list[list[Array]], list[Array]]:
     """New slots, as lists of arrays, and new parameters.
 
     The slots come first, because JAX gives donated memory to the first outputs that fit: in the other order the
     parameters would take it, and every slot would be copied.
     """
-    scalars = [updates.scalars(*row) for row in rows]
+    scalars = [structure.scalars(*row) for row in rows]
     results = apply_each(
-        updates.rule,
-        [updates.flags[row] for row in updates.rows],
+        structure.rule,
+        [structure.flags[row] for row in structure.rows],
         params,
         grads,
-        [structure.unflatten(leaves) for structure, leaves in zip(updates.slots, slots, strict=True)],
-        [scalars[row] for row in updates.rows],
+        [treedef.unflatten(leaves) for treedef, leaves in zip(structure.slots, slots, strict=True)],
+        [scalars[row] for row in structure.rows],
     )
     new_slots, new_params = [jax.tree.leaves(slot) for _, slot in results], [param for param, _ in results]
-    pins = [list(slots) for _, slots in updates.pins], [param for param, _ in updates.pins]
+    pins = [list(slots) for _, slots in structure.pins], [param for param, _ in structure.pins]
     return pinned((new_slots, new_params), pins)
 
 
@@ -95,8 +95,8 @@ class Bucket:
     """Parameters that one program updates: what the next step starts from.
 
     Attributes:
-      updates: what is compiled in.
-      boxes: the parameters.
+      structure: what is compiled in.
+      parameters: the parameters.
       values: of the parameters.
       store: their slots.
     """
@@ -104,7 +104,7 @@ class Bucket:
     def __init__(
         self, handover: Handover, definition: Definition, scalars: Any, members: Sequence[Member], shared: bool
     ):
-        self.boxes = [member.parameter for member in members]
+        self.parameters = [member.parameter for member in members]
         self.values = [member.value for member in members]
         self.store = Store(handover, definition, [member.slots for member in members])
         self._entries = [member.state for member in members]
@@ -120,8 +120,8 @@ class Bucket:
         flags = {member.group: member.flags for member in members}
         self._rows = [key[:2] for key in row]
         slots = self.store.slots
-        self.updates = interned(
-            Updates,
+        self.structure = interned(
+            BucketStructure,
             definition.arithmetic,
             scalars,
             tuple(flags[group] for group, _ in self._rows),
@@ -140,8 +140,8 @@ class Bucket:
         """Whether the next step starts from these values and slots."""
         return (
             self.store.whole
-            and all(map(is_, self.values, [box.value for box in self.boxes]))
-            and all(map(is_, self._known, map(state.get, self.boxes)))
+            and all(map(is_, self.values, [p.value for p in self.parameters]))
+            and all(map(is_, self._known, map(state.get, self.parameters)))
         )
 
     def scalars(self, hypers: Sequence[Any], known: dict[tuple[int, int], Any]) -> Any:
@@ -150,7 +150,7 @@ class Bucket:
         for group, step in self._rows:
             key = group, step + self.store.steps + 1
             if key not in known:
-                known[key] = list(map(as_number, self.updates.rule.scalars(key[1], hypers[group])))
+                known[key] = list(map(as_number, self.structure.rule.scalars(key[1], hypers[group])))
             rows.append(known[key])
         if any(isinstance(scalar, Tracer) for row in rows for scalar in row):  # the facade inside a `jit`
             return rows
@@ -164,17 +164,17 @@ class Bucket:
         Returns:
           What remains to be set, see :class:`optimjax._engine.handover.Launch`.
         """
-        for box, param in zip(self.boxes, params, strict=True):
-            box._write(param)
+        for parameter, param in zip(self.parameters, params, strict=True):
+            parameter._write(param)
         remaining = [(self.store, "slots", slots), (self.store, "steps", steps), (self, "values", params)]
         if self._committed and self.store.whole:
             return remaining
         # The first time; or somebody has looked at the slots before the program, which left them alone, has returned.
         known: list[Any] = []
-        for box, entry, place, leaves in zip(self.boxes, self._entries, self._places, slots, strict=True):
-            if leaves or self.updates.rule.counts_steps:
+        for parameter, entry, place, leaves in zip(self.parameters, self._entries, self._places, slots, strict=True):
+            if leaves or self.structure.rule.counts_steps:
                 remaining += entry.moved(place, self.store.handover, self.store)
-                state[box] = entry
+                state[parameter] = entry
                 known.append(entry)
             else:  # Where there is nothing to keep, as for SGD without momentum, PyTorch has no state.
                 known.append(None)

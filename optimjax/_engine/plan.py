@@ -44,7 +44,10 @@ class Plan:
             rest = iter(distinct(list(itertools.chain(*values)), list(grads.values())))
             values = [[next(rest) for _ in part] for part in values]
         return [
-            Call((b.updates,), (b.updates, b.store.slots, part, [grads[box] for box in b.boxes], row))
+            Call(
+                (b.structure,),
+                (b.structure, b.store.slots, part, [grads[p] for p in b.parameters], row),
+            )
             for b, part, row in zip(self.buckets, values, rows, strict=True)
         ]
 

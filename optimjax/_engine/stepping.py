@@ -9,7 +9,9 @@ from optimjax._core.containers import own_memory
 from optimjax._core.definition import Definition
 from optimjax._engine.bucket import update_bucket
 from optimjax._engine.handover import Call, Handover, Launch, kinds
-from optimjax._engine.loss import Capture, LossCall, LossFunction, LossFunctions, update_from_loss, value_and_grad
+from optimjax._engine.loss import update_from_loss, value_and_grad
+from optimjax._engine.loss_call import CallCache, LossCall
+from optimjax._engine.loss_function import LossFunction, LossFunctions
 from optimjax._engine.plan import Planner, distinct
 from optimjax._params.handed import Handed, name_of
 from optimjax._params.parameter import Parameter
@@ -34,7 +36,7 @@ class Stepper:
         self.handover = Handover(traced)
         self.planner = Planner(definition, self.handover)
         self.losses = LossFunctions()
-        self._capture = Capture()
+        self._calls = CallCache()
 
     def backward(self, groups: Groups, handed: Handed, loss_fn: Any, args: tuple[Any, ...], has_aux: bool) -> Any:
         """Add the gradients of a loss to those of the parameters; return ``loss``, or ``(loss, aux)``."""
@@ -42,18 +44,18 @@ class Stepper:
         program = loss_function.program(value_and_grad, static=2)
 
         def plan() -> Launch:
-            call = self.captured(groups, handed, loss_function, args)
-            accumulated = [parameter.grad for parameter in call.boxes]
+            call = self.call_of(groups, handed, loss_function, args)
+            accumulated = [parameter.grad for parameter in call.parameters]
 
             def commit(results: list[Any]) -> list[Any]:
                 ((_, _, changed, written, grads),) = results
                 call.write_back(changed, written)
-                for parameter, grad in zip(call.boxes, grads, strict=True):
+                for parameter, grad in zip(call.parameters, grads, strict=True):
                     parameter._grad = grad  # without checks, because it has been made for the parameter
                 return []
 
-            arguments = call.cut, has_aux, call.differentiated, call.traced, accumulated
-            return Launch(program, (), [Call((call.cut, has_aux), arguments)], commit)
+            arguments = call.structure, has_aux, call.differentiated, call.traced, accumulated
+            return Launch(program, (), [Call((call.structure, has_aux), arguments)], commit)
 
         ((loss, aux, *_),) = self.handover.launch(plan)
         return (loss, aux) if has_aux else loss
@@ -89,8 +91,8 @@ class Stepper:
         program = loss_function.program(update_from_loss, static=2)
 
         def plan() -> Launch:
-            call = self.captured(groups, handed, loss_function, args)
-            grads = dict(zip(call.boxes, call.differentiated, strict=True))  # which have their shapes
+            call = self.call_of(groups, handed, loss_function, args)
+            grads = dict(zip(call.parameters, call.differentiated, strict=True))  # which have their shapes
             plan, (row,) = self.planner.planned(groups, state, grads, together=True)
             (bucket,) = plan.buckets
             params = distinct(call.differentiated, call.traced) if donate else call.differentiated
@@ -100,29 +102,29 @@ class Stepper:
                 call.write_back(results[0][3])
                 return take(results)
 
-            key = call.cut, bucket.updates, *kinds(call.traced)
-            arguments = call.cut, bucket.updates, bucket.store.slots, params, call.traced, row
+            key = call.structure, bucket.structure, *kinds(call.traced)
+            arguments = call.structure, bucket.structure, bucket.store.slots, params, call.traced, row
             return Launch(program, (2, 3) if donate else (2,), [Call(key, arguments)], commit)
 
         ((_, _, loss, _),) = self.handover.launch(plan)
         return loss
 
-    def captured(self, groups: Groups, handed: Handed, loss_function: LossFunction, args: tuple[Any, ...]) -> LossCall:
-        """The call of a loss function, cut into what is differentiated, traced and static."""
+    def call_of(self, groups: Groups, handed: Handed, loss_function: LossFunction, args: tuple[Any, ...]) -> LossCall:
+        """The call of a loss function, taken apart into what is differentiated, traced and static."""
         given = not handed.bound
         if given:
             handed.follow(groups)
-            args = (handed.boxed(), *args)
+            args = (handed.with_parameters(), *args)
         loss_function.check(len(args), given)
         parameters = [parameter for group in groups for parameter in group["params"]]
-        call = self._capture(args, parameters, given)
-        if len(call.boxes) != len(parameters):
-            _check_found(call.boxes, groups, handed if given else None)
+        call = self._calls(args, parameters, given)
+        if len(call.parameters) != len(parameters):
+            _check_found(call.parameters, groups, handed if given else None)
         return call
 
     def variables(self, groups: Groups, handed: Handed, loss_fn: Any, args: tuple[Any, ...]) -> list[Any]:
         """The variables of modules that a loss may change."""
-        return self.captured(groups, handed, self.losses(loss_fn), args).variables
+        return self.call_of(groups, handed, self.losses(loss_fn), args).variables
 
 
 def _check_found(found: Sequence[Parameter], groups: Groups, given: Handed | None) -> None:

@@ -28,12 +28,12 @@ def table(cls: type, groups: Sequence[Mapping[str, Any]], state: Mapping[Any, An
     header = ["group", "parameters", "elements", "state bytes", *map(str, shown)]
     rows = []
     for index, group in enumerate(groups):
-        boxes = group["params"]
-        kept = sum(ParameterState.of(state[box]).nbytes for box in boxes if box in state)
+        parameters = group["params"]
+        kept = sum(ParameterState.of(state[p]).nbytes for p in parameters if p in state)
         cells = [
             str(group.get("name", index)),
-            _names(group.get("param_names") or [box.name or str(box.shape) for box in boxes]),
-            f"{sum(box.size for box in boxes):,}",
+            _names(group.get("param_names") or [p.name or str(p.shape) for p in parameters]),
+            f"{sum(p.size for p in parameters):,}",
             f"{kept:,}",
             *(_text(group[key]) if key in group else "" for key in shown),
         ]

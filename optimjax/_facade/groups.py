@@ -12,7 +12,7 @@ from optimjax._core import definition as _definition
 from optimjax._core.containers import as_array
 from optimjax._core.definition import Definition
 from optimjax._core.foreign import from_tensor
-from optimjax._params.source import BoxSource, Source, is_single, not_parameters, source_of
+from optimjax._params.source import ParameterSource, Source, is_single, not_parameters, source_of
 
 __all__ = ["check_not_options", "is_list_of_groups", "new_group", "without_tensors"]
 
@@ -46,8 +46,8 @@ def new_group(
     options = {name: without_tensors(value) for name, value in given.items()}
     group: dict[str, Any] = {**defaults, **options, "params": list(source.parameters)}
     names = group.pop("param_names", None)
-    if isinstance(source, BoxSource) and source.names is None and names and len(names) == len(source.parameters):
-        source = BoxSource(zip(names, source.parameters, strict=True))  # a group of another optimizer
+    if isinstance(source, ParameterSource) and source.names is None and names and len(names) == len(source.parameters):
+        source = ParameterSource(zip(names, source.parameters, strict=True))  # a group of another optimizer
     # A group without parameters neither has names nor lacks them, and is as the groups before it.
     names_of_none = [] if any("param_names" in other for other in groups) else None
     names = source.names if source.parameters else names_of_none

@@ -3,7 +3,7 @@
 import itertools
 import reprlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 __all__ = ["Hooks", "RemovableHandle", "global_hooks"]
@@ -16,7 +16,7 @@ class RemovableHandle:
       id: a number that no other hook has.
     """
 
-    def __init__(self, hooks: "OrderedDict[int, Any]", key: int):
+    def __init__(self, hooks: "HookList", key: int):
         self._hooks = hooks
         self.id = key
 
@@ -31,33 +31,53 @@ class RemovableHandle:
         self.remove()
 
 
-class Hooks:
-    """The hooks of one optimizer, or those of all (:data:`global_hooks`)."""
+class HookList(OrderedDict[int, Callable[..., Any]]):
+    """The hooks of one kind, in the order in which they run."""
 
     _keys = itertools.count()
 
-    def __init__(self) -> None:
-        self.step_pre: OrderedDict[int, Any] = OrderedDict()
-        self.step_post: OrderedDict[int, Any] = OrderedDict()
-        self.state_dict_pre: OrderedDict[int, Any] = OrderedDict()
-        self.state_dict_post: OrderedDict[int, Any] = OrderedDict()
-        self.load_state_dict_pre: OrderedDict[int, Any] = OrderedDict()
-        self.load_state_dict_post: OrderedDict[int, Any] = OrderedDict()
+    def add(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
+        """Register a hook, last or first.
 
-    def add(self, kind: str, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
-        """Register a hook of one kind, last or first."""
+        Raises:
+          TypeError: it cannot be called.
+        """
         if not callable(hook):
             raise TypeError(f"a hook must be callable, got {type(hook).__name__}: {hook!r}")
-        hooks = getattr(self, kind)
         key = next(self._keys)
-        hooks[key] = hook
+        self[key] = hook
         if prepend:
-            hooks.move_to_end(key, last=False)
-        return RemovableHandle(hooks, key)
+            self.move_to_end(key, last=False)
+        return RemovableHandle(self, key)
+
+    def notify(self, optimizer: Any) -> None:
+        """Run hooks that only get the optimizer."""
+        for hook in list(self.values()):
+            hook(optimizer)
+
+    def replace(self, optimizer: Any, state_dict: Any) -> Any:
+        """Run hooks that may return a state dict in place of the one they are given."""
+        for hook in list(self.values()):
+            replacement = hook(optimizer, state_dict)
+            if replacement is not None:
+                state_dict = replacement
+        return state_dict
+
+
+class Hooks:
+    """The hooks of one optimizer, or those of all (:data:`global_hooks`)."""
+
+    def __init__(self) -> None:
+        self.step_pre = HookList()
+        self.step_post = HookList()
+        self.state_dict_pre = HookList()
+        self.state_dict_post = HookList()
+        self.load_state_dict_pre = HookList()
+        self.load_state_dict_post = HookList()
 
     def before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the hooks before a step, the global ones first; each may return new ``(args, kwargs)``."""
-        for hook in _in_order(global_hooks.step_pre, self.step_pre):
+        for hook in [*global_hooks.step_pre.values(), *self.step_pre.values()]:
             result = hook(optimizer, args, kwargs)
             if result is not None:
                 if not isinstance(result, tuple) or len(result) != 2:
@@ -72,25 +92,8 @@ class Hooks:
 
     def after_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run the hooks after a step, the global ones last."""
-        for hook in _in_order(self.step_post, global_hooks.step_post):
+        for hook in [*self.step_post.values(), *global_hooks.step_post.values()]:
             hook(optimizer, args, kwargs)
-
-    def replace(self, kind: str, optimizer: Any, state_dict: Any) -> Any:
-        """Run hooks that may return a state dict in place of the one they are given."""
-        for hook in list(getattr(self, kind).values()):
-            replacement = hook(optimizer, state_dict)
-            if replacement is not None:
-                state_dict = replacement
-        return state_dict
-
-    def notify(self, kind: str, optimizer: Any) -> None:
-        """Run hooks that only get the optimizer."""
-        for hook in list(getattr(self, kind).values()):
-            hook(optimizer)
-
-
-def _in_order(*hooks: "OrderedDict[int, Any]") -> Iterable[Any]:
-    return [hook for group in hooks for hook in group.values()]
 
 
 global_hooks = Hooks()

@@ -18,7 +18,7 @@ from optimjax._core.hyperparameters import Hyperparameters
 from optimjax._core.sparse import zeros_like
 from optimjax._core.tree import check_gradient
 from optimjax._engine.handover import is_top_level, trace_state
-from optimjax._engine.loss import takes_no_arguments
+from optimjax._engine.loss_function import takes_no_arguments
 from optimjax._engine.state import ParameterState
 from optimjax._engine.stepping import Stepper
 from optimjax._facade import functional_form, group_table
@@ -30,7 +30,7 @@ from optimjax._facade.state_dict import IncompatibleKeys
 from optimjax._params.grouping import ParameterGroups
 from optimjax._params.handed import Handed, name_of
 from optimjax._params.parameter import Parameter
-from optimjax._params.source import BoxSource, is_single
+from optimjax._params.source import ParameterSource, is_single
 
 __all__ = ["Optimizer", "register_optimizer_step_post_hook", "register_optimizer_step_pre_hook"]
 
@@ -316,7 +316,7 @@ class Optimizer:
 
     def _update_from_closure(self, closure: Callable[[], Any]) -> Any:
         loss = closure()
-        if all(box.grad is None for box in self._parameters()):
+        if all(parameter.grad is None for parameter in self._parameters()):
             raise RuntimeError(
                 f"{getattr(closure, '__name__', 'the closure')}() has left no gradient: it must call "
                 "optimizer.backward(loss_fn, ...). Or give step a function of the model that returns the loss, "
@@ -333,10 +333,10 @@ class Optimizer:
         ``{'state': {0: {'step': 1, 'exp_avg': ...}}, 'param_groups': [{'lr': ..., 'params': [0]}]}``. A snapshot:
         neither later steps nor edits change it. What ``state`` has under other keys than parameters is in it, too.
         """
-        self._hooks.notify("state_dict_pre", self)
+        self._hooks.state_dict_pre.notify(self)
         with self._looking():  # of one moment, whoever steps meanwhile
             packed = state_dicts.pack(self.param_groups, self.state)
-        return self._hooks.replace("state_dict_post", self, packed)
+        return self._hooks.state_dict_post.replace(self, packed)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
         """Load what :meth:`state_dict` returned, of this library or of PyTorch (NumPy, JAX or PyTorch arrays).
@@ -365,7 +365,7 @@ class Optimizer:
         IncompatibleKeys(missing_keys=['neck', 'head'], unexpected_keys=['head'])
         """
         self._check_trace()
-        state_dict = self._hooks.replace("load_state_dict_pre", self, state_dicts.as_dict(state_dict))
+        state_dict = self._hooks.load_state_dict_pre.replace(self, state_dicts.as_dict(state_dict))
         with self._looking():
             groups, state, keys = state_dicts.read(
                 state_dict, self.param_groups, self.state, self.defaults, self._reader,
@@ -380,7 +380,7 @@ class Optimizer:
                 self._set(*before)
                 raise
             self._record = dataclasses.replace(self._record, loaded=True, built=())
-        self._hooks.notify("load_state_dict_post", self)
+        self._hooks.load_state_dict_post.notify(self)
         return keys
 
     def _reader(self, group: Mapping[str, Any], where: str) -> state_dicts.Reader:
@@ -471,31 +471,32 @@ class Optimizer:
 
         As in PyTorch, ``args`` begins with the optimizer itself.
         """
-        return self._hooks.add("step_pre", hook)
+        return self._hooks.step_pre.add(hook)
 
     def register_step_post_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
         """Call ``hook(optimizer, args, kwargs)`` after each step."""
-        return self._hooks.add("step_post", hook)
+        return self._hooks.step_post.add(hook)
 
     def register_state_dict_pre_hook(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
         """Call ``hook(optimizer)`` before :meth:`state_dict`."""
-        return self._hooks.add("state_dict_pre", hook, prepend)
+        return self._hooks.state_dict_pre.add(hook, prepend)
 
     def register_state_dict_post_hook(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
         """Call ``hook(optimizer, state_dict)`` after :meth:`state_dict`; it may return another one."""
-        return self._hooks.add("state_dict_post", hook, prepend)
+        return self._hooks.state_dict_post.add(hook, prepend)
 
     def register_load_state_dict_pre_hook(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
         """Call ``hook(optimizer, state_dict)`` with a shallow copy before loading; it may return another one."""
-        return self._hooks.add("load_state_dict_pre", hook, prepend)
+        return self._hooks.load_state_dict_pre.add(hook, prepend)
 
     def register_load_state_dict_post_hook(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
         """Call ``hook(optimizer)`` after loading."""
-        return self._hooks.add("load_state_dict_post", hook, prepend)
+        return self._hooks.load_state_dict_post.add(hook, prepend)
 
     def __repr__(self) -> str:
         # Names that the user has given are shown, as in PyTorch; those of the leaves of a tree or a module are not.
-        given = {box for source in self._handed.sources if isinstance(source, BoxSource) for box in source.parameters}
+        sources = [source for source in self._handed.sources if isinstance(source, ParameterSource)]
+        given = {parameter for source in sources for parameter in source.parameters}
         text = f"{type(self).__name__} ("
         for index, group in enumerate(self.param_groups):
             hidden = ["params"] if given.issuperset(group["params"]) else ["params", "param_names"]
@@ -563,9 +564,9 @@ def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
 
 def register_optimizer_step_pre_hook(hook: Callable[..., Any]) -> RemovableHandle:
     """Call ``hook(optimizer, args, kwargs)`` before each step of every optimizer."""
-    return global_hooks.add("step_pre", hook)
+    return global_hooks.step_pre.add(hook)
 
 
 def register_optimizer_step_post_hook(hook: Callable[..., Any]) -> RemovableHandle:
     """Call ``hook(optimizer, args, kwargs)`` after each step of every optimizer."""
-    return global_hooks.add("step_post", hook)
+    return global_hooks.step_post.add(hook)

@@ -77,12 +77,12 @@ def group_parameters(params: Any, rules: Sequence[Mapping[str, Any]]) -> Paramet
         if not isinstance(rule.get("requires_grad", True), bool):
             raise TypeError(f"'requires_grad' of {where} must be True or False, got {rule['requires_grad']!r}")
         matches = _matcher(rule["params"], where)
-        members = [(name, box) for name, box in left.items() if matches(name, box.value)]
+        members = [(name, parameter) for name, parameter in left.items() if matches(name, parameter.value)]
         if not members:
             raise ValueError(_nothing(where, rule["params"], matches, named))
-        for name, box in members:
+        for name, parameter in members:
             del left[name]
-            grads[box] = rule.get("requires_grad", box.requires_grad)
+            grads[parameter] = rule.get("requires_grad", parameter.requires_grad)
         options = {key: value for key, value in rule.items() if key not in ("params", "requires_grad")}
         if rule.get("requires_grad", True):
             groups.append({**options, "params": members})
@@ -92,8 +92,8 @@ def group_parameters(params: Any, rules: Sequence[Mapping[str, Any]]) -> Paramet
             frozen += members
     if left:
         groups.append({"params": list(left.items())})
-    for box, wanted in grads.items():
-        box.requires_grad = wanted
+    for parameter, wanted in grads.items():
+        parameter.requires_grad = wanted
     return ParameterGroups(groups, source, frozen)
 
 
@@ -114,7 +114,7 @@ def _matcher(pattern: Any, where: str) -> Callable[[str, Any], Any]:
 
 def _nothing(where: str, pattern: Any, matches: Callable[[str, Any], Any], named: list[tuple[str, Parameter]]) -> str:
     text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
-    taken = [name for name, box in named if matches(name, box.value)]
+    taken = [name for name, parameter in named if matches(name, parameter.value)]
     if taken:
         return f"{where} ({text!r}) matches only what rules before it have: {', '.join(taken[:3])}"
     names = [name for name, _ in named]

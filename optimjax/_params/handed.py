@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from optimjax._params.parameter import Parameter
-from optimjax._params.source import BoxSource, ModuleSource, Source
+from optimjax._params.source import ModuleSource, ParameterSource, Source
 
 __all__ = ["Handed", "name_of"]
 
@@ -33,7 +33,7 @@ class Handed:
         """Take over the parameters of groups whose lists were edited, where these are the user's own parameters."""
         if len(self.sources) == len(groups):
             for index, (source, group) in enumerate(zip(self.sources, groups, strict=True)):
-                if isinstance(source, BoxSource) and source.parameters != group["params"]:
+                if isinstance(source, ParameterSource) and source.parameters != group["params"]:
                     self.sources[index] = source.following(group, f" of param_groups[{index}]")
 
     @property
@@ -50,9 +50,9 @@ class Handed:
         """What ``optimizer.params`` shows."""
         return self._each(lambda source: source.view())
 
-    def boxed(self) -> Any:
+    def with_parameters(self) -> Any:
         """The view with parameters in place of the arrays to be differentiated."""
-        return self._each(lambda source: source.boxed())
+        return self._each(lambda source: source.with_parameters())
 
     def arranged(self, values: Mapping[Parameter, Any]) -> Any:
         """The view with these values for the parameters and ``None`` for all else."""

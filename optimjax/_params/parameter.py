@@ -145,7 +145,7 @@ class Parameter:
     def __dir__(self) -> list[str]:
         return sorted({*object.__dir__(self), *_OF_ARRAYS})
 
-    __array_priority__ = 100  # `numpy_array @ box` is the box's business
+    __array_priority__ = 100  # `numpy_array @ parameter` is left to the parameter
 
     def __jax_array__(self) -> Array:
         return self.value
@@ -196,7 +196,7 @@ def _restore_parameter(value: Any, name: str | None, requires_grad: bool, grad: 
 def _add_operators() -> None:
     """`w * x`, `x @ w`, `-w`, ...: a parameter in an expression stands for its value. Equality stays identity.
 
-    `w -= x` changes the box, as PyTorch does: an array in its place would leave the parameter as it was.
+    `w -= x` changes the parameter, as PyTorch does: an array in its place would leave the parameter as it was.
     """
 
     def forward(function: Any) -> Any:
@@ -226,26 +226,26 @@ def _add_operators() -> None:
 
 
 def value_of(x: Any) -> Any:
-    """The array of a box; anything else as it is."""
+    """The array of a parameter; anything else as it is."""
     return x.value if isinstance(x, Parameter) else x
 
 
 _add_operators()
 
 
-# `__jax_array__` alone does not satisfy jnp.sum(box) on JAX 0.10; a registered node passes.
-def flatten(box: Parameter) -> tuple[tuple[Array], tuple[str | None, bool]]:
+# `__jax_array__` alone does not satisfy jnp.sum(parameter) on JAX 0.10; a registered node passes.
+def flatten(parameter: Parameter) -> tuple[tuple[Array], tuple[str | None, bool]]:
     """For JAX: the array, and what is static."""
-    return (box.value,), (box.name, box.requires_grad)
+    return (parameter.value,), (parameter.name, parameter.requires_grad)
 
 
 def unflatten(aux: tuple[str | None, bool], children: Any) -> Any:
-    """For JAX: a box that is bound to nothing."""
+    """For JAX: a parameter that is bound to nothing."""
     # JAX unflattens with tracers and with placeholders of any type, so nothing may be checked here.
-    box = Parameter.__new__(Parameter)
-    (box._value,), box._grad = children, None
-    box.name, box.requires_grad = aux
-    return box
+    parameter = Parameter.__new__(Parameter)
+    (parameter._value,), parameter._grad = children, None
+    parameter.name, parameter.requires_grad = aux
+    return parameter
 
 
 jax.tree_util.register_pytree_node(Parameter, flatten, unflatten)

@@ -1,8 +1,8 @@
 """What a user hands in as ``params``, and how it becomes parameters.
 
 Three kinds of things can be handed in, each a *source*: a pytree (:class:`TreeSource`), a ``flax.nnx`` module
-(:class:`ModuleSource`), boxes (:class:`BoxSource`). A source lists its boxes, shows the user's view of them
-(``optimizer.params``) and brings gradients of that view into the order of the boxes.
+(:class:`ModuleSource`), parameters (:class:`ParameterSource`). A source lists its parameters, shows the user's view of
+them (``optimizer.params``) and brings gradients of that view into the order of the parameters.
 """
 
 import copy
@@ -16,11 +16,11 @@ from optimjax._core.foreign import OPAQUE, holds_nnx, is_nnx, is_torch_module, i
 from optimjax._core.sparse import is_sparse
 from optimjax._core.tree import distinct_names, dotted, is_inexact_array, match, names, structure_error
 from optimjax._params.parameter import Parameter, value_of
-from optimjax._params.variable import VariableParameter, box_of, module_parameters
+from optimjax._params.variable import VariableParameter, module_parameters, parameter_of
 
 __all__ = [
-    "BoxSource",
     "ModuleSource",
+    "ParameterSource",
     "Source",
     "TreeSource",
     "is_single",
@@ -45,7 +45,7 @@ def named_parameters(module: Any) -> Iterator[tuple[str, Parameter]]:
     >>> from flax import nnx
     >>> import optimjax as optim
     >>> layer = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-    >>> [(name, box.shape) for name, box in optim.named_parameters(layer)]
+    >>> [(name, parameter.shape) for name, parameter in optim.named_parameters(layer)]
     [('bias', (3,)), ('kernel', (2, 3))]
     """
     if hasattr(module, "param_groups"):  # an optimizer
@@ -82,14 +82,14 @@ def not_parameters(what: str, x: Any) -> str:
 
 def parameters(module: Any) -> Iterator[Parameter]:
     """Iterate the parameters of a ``flax.nnx`` module, or of a pytree; see :func:`named_parameters`."""
-    return (box for _, box in named_parameters(module))
+    return (parameter for _, parameter in named_parameters(module))
 
 
 class Source:
     """What was handed in as ``params``, whole or of one group.
 
     Attributes:
-      parameters: its boxes, in order.
+      parameters: its parameters, in order.
       names: their names, or ``None`` where the user gave none.
     """
 
@@ -105,8 +105,8 @@ class Source:
         """What ``optimizer.params`` shows."""
         raise NotImplementedError
 
-    def boxed(self) -> Any:
-        """The view with boxes in place of the arrays to be differentiated."""
+    def with_parameters(self) -> Any:
+        """The view with parameters in place of the arrays to be differentiated."""
         raise NotImplementedError
 
     def arranged(self, values: Mapping[Parameter, Any]) -> Any:
@@ -134,18 +134,18 @@ class TreeSource(Source):
         ]
         named = [(name, leaf) for name, leaf in zip(names, self._leaves, strict=True) if isinstance(leaf, Parameter)]
         self.names = [name for name, _ in named]
-        self.parameters = [box for _, box in named]
+        self.parameters = [parameter for _, parameter in named]
 
     def __reduce__(self) -> Any:
         # Rebuild from the tree: treedefs may hold objects that do not pickle, such as the sentinels of Equinox.
-        return TreeSource, (self.boxed(),)
+        return TreeSource, (self.with_parameters(),)
 
     def view(self) -> Any:
         """The tree with the present values."""
         return self._treedef.unflatten([value_of(leaf) for leaf in self._leaves])
 
-    def boxed(self) -> Any:
-        """The tree with boxes as leaves."""
+    def with_parameters(self) -> Any:
+        """The tree with parameters as leaves."""
         return self._treedef.unflatten(self._leaves)
 
     def arranged(self, values: Mapping[Parameter, Any]) -> Any:
@@ -165,7 +165,7 @@ class ModuleSource(Source):
         self.module = module
         named = list(named_parameters(module))
         self.names = [name for name, _ in named]
-        self.parameters = [box for _, box in named]
+        self.parameters = [parameter for _, parameter in named]
         self._treedef: Any = None  # of gradients seen before, and where each parameter's is among their leaves
         self._order: list[Any] = []
 
@@ -176,19 +176,19 @@ class ModuleSource(Source):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        list(named_parameters(self.module))  # the boxes know their module again
+        list(named_parameters(self.module))  # the parameters know their module again
 
     def view(self) -> Any:
         """The module."""
         return self.module
 
-    def boxed(self) -> Any:
+    def with_parameters(self) -> Any:
         """The module; its variables are found in it."""
         return self.module
 
     def arranged(self, values: Mapping[Parameter, Any]) -> Any:
         """An ``nnx.State`` of the module's ``nnx.Param`` variables, as ``nnx.grad`` returns, with these values."""
-        present = {id(box.variable): value for box, value in values.items() if isinstance(box, VariableParameter)}
+        present = {id(p.variable): value for p, value in values.items() if isinstance(p, VariableParameter)}
         flat = nnx().to_flat_state(nnx().state(self.module, nnx().Param))
         return nnx().from_flat_state([(path, var.replace(present.get(id(var)))) for path, var in flat])
 
@@ -250,11 +250,11 @@ def _order(leaves: list[Any], wanted: list[Any]) -> list[Any]:
     return [position.get(id(leaf)) for leaf in wanted]
 
 
-class BoxSource(Source):
+class ParameterSource(Source):
     """Parameters that the user made, or took from a module with :func:`parameters`."""
 
-    def __init__(self, boxes: Iterable[Any]):
-        items = list(boxes)
+    def __init__(self, parameters: Iterable[Any]):
+        items = list(parameters)
         named = [item for item in items if isinstance(item, tuple)]
         if named and len(named) != len(items):
             raise ValueError("all optimizer params should be with/without names. Some param names are missing")
@@ -262,44 +262,44 @@ class BoxSource(Source):
         self.names = [item[0] for item in items] if named else None
         if len(set(self.names or ())) != len(self.names or ()):
             raise ValueError(f"parameter names must differ from each other, got {self.names}")
-        for index, box in enumerate(self.parameters):
-            if not isinstance(box, Parameter):
-                what = type(box).__name__ if is_nnx(box) else repr(box)
+        for index, parameter in enumerate(self.parameters):
+            if not isinstance(parameter, Parameter):
+                what = type(parameter).__name__ if is_nnx(parameter) else repr(parameter)
                 raise TypeError(
                     f"optimizer can only optimize Parameters, but one of the params is {what}, at place {index}"
                 )
-        for name, box in zip(self.names or (), self.parameters, strict=False):
-            box.name = box.name or name  # for messages
+        for name, parameter in zip(self.names or (), self.parameters, strict=False):
+            parameter.name = parameter.name or name  # for messages
 
-    def following(self, group: Mapping[str, Any], where: str) -> "BoxSource":
+    def following(self, group: Mapping[str, Any], where: str) -> "ParameterSource":
         """A source of the parameters that a group has now, after its list was edited.
 
         Raises:
           ValueError: the group has another number of names than of parameters.
         """
-        names, boxes = group.get("param_names"), group["params"]
+        names, parameters = group.get("param_names"), group["params"]
         if names is None:
-            return BoxSource(boxes)
-        if len(names) != len(boxes):
-            raise ValueError(f"{len(boxes)} parameters have {len(names)} names{where}: edit 'param_names', too")
-        return BoxSource(zip(names, boxes, strict=True))
+            return ParameterSource(parameters)
+        if len(names) != len(parameters):
+            raise ValueError(f"{len(parameters)} parameters have {len(names)} names{where}: edit 'param_names', too")
+        return ParameterSource(zip(names, parameters, strict=True))
 
     @property
     def bound(self) -> bool:
-        """Whether any of the boxes is a module's."""
-        return any(isinstance(box, VariableParameter) for box in self.parameters)
+        """Whether any of the parameters is a module's."""
+        return any(isinstance(parameter, VariableParameter) for parameter in self.parameters)
 
     def view(self) -> Any:
         """The list of values, or a dict by name."""
-        return self.arranged({box: box.value for box in self.parameters})
+        return self.arranged({p: p.value for p in self.parameters})
 
-    def boxed(self) -> Any:
-        """The list of boxes, or a dict by name."""
-        return self.arranged({box: box for box in self.parameters})
+    def with_parameters(self) -> Any:
+        """The list of parameters, or a dict by name."""
+        return self.arranged({p: p for p in self.parameters})
 
     def arranged(self, values: Mapping[Parameter, Any]) -> Any:
         """The list of these values, or a dict by name."""
-        present = [values.get(box) for box in self.parameters]
+        present = [values.get(parameter) for parameter in self.parameters]
         return dict(zip(self.names, present, strict=True)) if self.names else present
 
     def gradients(self, grads: Any) -> list[Any]:
@@ -327,9 +327,9 @@ def source_of(params: Any) -> Source:
     if isinstance(params, (Iterator, KeysView, ValuesView, ItemsView)):
         params = list(params)
     if isinstance(params, (list, tuple)):
-        boxes = list(map(_boxed, params))
-        if any(map(_is_box_or_named, boxes)):
-            return BoxSource(boxes)
+        parameters = list(map(_as_parameter, params))
+        if any(map(_is_parameter_or_named, parameters)):
+            return ParameterSource(parameters)
     if holds_nnx(params):
         return ModuleSource(params)
     source = TreeSource(params)
@@ -343,18 +343,18 @@ def source_of(params: Any) -> Source:
 
 
 def is_single(params: Any) -> bool:
-    """Whether this is one parameter, a box or a ``flax.nnx`` variable, and nothing that has parameters."""
+    """Whether this is one parameter, or one ``flax.nnx`` variable, and nothing that has parameters."""
     return isinstance(params, Parameter) or is_variable(params)
 
 
-def _boxed(item: Any) -> Any:
-    """The box of a variable, with its name where it has one; anything else as it is."""
+def _as_parameter(item: Any) -> Any:
+    """The parameter of a variable, with its name where it has one; anything else as it is."""
     if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
-        return item[0], _boxed(item[1])
-    return box_of(item) if is_variable(item) else item
+        return item[0], _as_parameter(item[1])
+    return parameter_of(item) if is_variable(item) else item
 
 
-def _is_box_or_named(item: Any) -> bool:
+def _is_parameter_or_named(item: Any) -> bool:
     return isinstance(item, Parameter) or (
         isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Parameter)
     )

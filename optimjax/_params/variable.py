@@ -1,4 +1,4 @@
-"""Boxes bound to the variables of ``flax.nnx`` modules."""
+"""Parameters bound to the variables of ``flax.nnx`` modules."""
 
 import copy
 import weakref
@@ -12,11 +12,11 @@ from optimjax._core.foreign import is_nnx, nnx
 from optimjax._core.tree import dotted, is_inexact_array
 from optimjax._params.parameter import Parameter, flatten, unflatten
 
-__all__ = ["VariableParameter", "box_of", "module_parameters"]
+__all__ = ["VariableParameter", "module_parameters", "parameter_of"]
 
 
 class VariableParameter(Parameter):
-    """A box bound to a ``flax.nnx`` variable: reading and writing reach into the module."""
+    """A parameter bound to a ``flax.nnx`` variable: reading and writing reach into the module."""
 
     __slots__ = ("root", "variable")
 
@@ -47,10 +47,11 @@ class VariableParameter(Parameter):
         for module in (*before, self.root()):
             if module is not None and id(self) not in memo:
                 copied = module_parameters(copy.deepcopy(module, memo))
-                for (_, box), (_, twin) in zip(module_parameters(module), copied, strict=True):
-                    memo.setdefault(id(box), twin._like(box))
+                for (_, parameter), (_, twin) in zip(module_parameters(module), copied, strict=True):
+                    memo.setdefault(id(parameter), twin._like(parameter))
         if id(self) not in memo:
-            memo[id(self)] = box_of(memo.setdefault(id(self.variable), self.variable.copy()), self.name)._like(self)
+            variable = memo.setdefault(id(self.variable), self.variable.copy())
+            memo[id(self)] = parameter_of(variable, self.name)._like(self)
         return memo[id(self)]
 
     def _like(self, other: Parameter) -> "VariableParameter":
@@ -62,41 +63,44 @@ class VariableParameter(Parameter):
 
 
 def _restore_variable_parameter(variable: Any, name: str, requires_grad: bool, grad: Any) -> VariableParameter:
-    box = _boxes.get(id(variable))  # made already, if the module's parameters have been listed
-    if box is None:
-        box = _boxes[id(variable)] = VariableParameter(variable, name)
-    box.requires_grad, box._grad = requires_grad, grad
-    return box
+    parameter = _known.get(id(variable))  # made already, if the module's parameters have been listed
+    if parameter is None:
+        parameter = _known[id(variable)] = VariableParameter(variable, name)
+    parameter.requires_grad, parameter._grad = requires_grad, grad
+    return parameter
 
 
-# In a tree of tracers it is a plain box: JAX must not write into the module.
+# In a tree of tracers it is a plain parameter: JAX must not write into the module.
 jax.tree_util.register_pytree_node(VariableParameter, flatten, unflatten)
 
 
-# The same variable always has the same box, so that `set(map(id, optim.parameters(module)))` selects as in PyTorch.
-# Variables take neither attributes nor weak references, so a box lives as long as a module that holds its variable:
-# the box keeps the variable (its id stays taken), the module's entry in `_keepers` keeps the box. The entry goes by id,
-# for a module may have no hash, and goes with the module, before another can have that id.
-_boxes: "weakref.WeakValueDictionary[int, VariableParameter]" = weakref.WeakValueDictionary()
+# The same variable always has the same parameter, so that `set(map(id, optim.parameters(module)))` selects as in
+# PyTorch. Variables take neither attributes nor weak references, so a parameter lives as long as a module that holds
+# its variable: the parameter keeps the variable (its id stays taken), the entry of the module in `_keepers` keeps it.
+# The entry goes by id, because a module may have no hash, and goes with the module, before another can have that id.
+_known: "weakref.WeakValueDictionary[int, VariableParameter]" = weakref.WeakValueDictionary()
 _keepers: dict[int, dict[int, VariableParameter]] = {}
 
 
-def box_of(variable: Any, name: str | None = None, root: Any = None, owner: Any = None) -> VariableParameter:
-    """The box of a variable: in the module ``root`` it has this name, the module in it that holds it is ``owner``."""
-    box = _boxes.get(id(variable))
-    if box is None:
-        box = _boxes[id(variable)] = VariableParameter(variable, name, root)
+def parameter_of(variable: Any, name: str | None = None, root: Any = None, owner: Any = None) -> VariableParameter:
+    """The parameter of a variable.
+
+    In the module ``root`` it has this ``name``; ``owner`` is the module in it that holds the variable.
+    """
+    parameter = _known.get(id(variable))
+    if parameter is None:
+        parameter = _known[id(variable)] = VariableParameter(variable, name, root)
     elif root is not None:
-        if name and name.count(".") > (box.name or "").count("."):  # known from inside: the whole path says more
-            box.name, box.root = name, weakref.ref(root)
-        elif box.root() is None:  # unpickled, or known by itself
-            box.name, box.root = box.name or name, weakref.ref(root)
+        if name and name.count(".") > (parameter.name or "").count("."):  # known from inside: the whole path says more
+            parameter.name, parameter.root = name, weakref.ref(root)
+        elif parameter.root() is None:  # unpickled, or known by itself
+            parameter.name, parameter.root = parameter.name or name, weakref.ref(root)
     if owner is not None:
         if id(owner) not in _keepers:
             _keepers[id(owner)] = {}
             weakref.finalize(owner, _keepers.pop, id(owner)).atexit = False
-        _keepers[id(owner)][id(variable)] = box
-    return box
+        _keepers[id(owner)][id(variable)] = parameter
+    return parameter
 
 
 def module_parameters(tree: Any) -> Iterator[tuple[str, VariableParameter]]:
@@ -114,7 +118,7 @@ def module_parameters(tree: Any) -> Iterator[tuple[str, VariableParameter]]:
                 _check_untrained(name, value)
             elif id(variable) not in seen:
                 seen.add(id(variable))
-                yield name, box_of(variable, name, None if owner is None else module, owner)
+                yield name, parameter_of(variable, name, None if owner is None else module, owner)
 
 
 def _check_untrained(name: str, value: Any) -> None:

@@ -66,7 +66,9 @@ from optimjax._core.reading import as_count, slot_array
 from optimjax._core.tree import check_gradient, flatten_params, match, names
 from optimjax._engine.handover import Call, Launch, kinds
 from optimjax._engine.interned import interned
-from optimjax._engine.loss import Cut, takes_no_arguments, value_and_grad
+from optimjax._engine.loss import value_and_grad
+from optimjax._engine.loss_call import CallStructure
+from optimjax._engine.loss_function import takes_no_arguments
 from optimjax._engine.plan import distinct
 from optimjax._engine.state import ParameterState
 from optimjax._facade.state_dict import Reader, unknown_entry
@@ -359,8 +361,15 @@ class Minimizer(Algorithm):
 class Problem:
     """What is compiled into the program of a step. Equal ones are one object."""
 
-    def __init__(self, cut: Cut, layout: Layout, history_size: int, line_search_fn: str | None, pins: tuple[Any, ...]):
-        self.cut, self.layout, self.line_search_fn, self.pins = cut, layout, line_search_fn, pins
+    def __init__(
+        self,
+        structure: CallStructure,
+        layout: Layout,
+        history_size: int,
+        line_search_fn: str | None,
+        pins: tuple[Any, ...],
+    ):
+        self.structure, self.layout, self.line_search_fn, self.pins = structure, layout, line_search_fn, pins
 
 
 def run(
@@ -369,9 +378,9 @@ def run(
     """One call in one program: ``(state, params, loss at the beginning, what the loss has changed in modules)``."""
     layout = problem.layout
     # What the loss changes in a module, batch statistics or random state, goes from each evaluation to the next.
-    changing = [index for role, index in problem.cut.state_roles if role == "traced"]
+    changing = problem.structure.changing
     # Compiled by itself, so that the loss is traced once for both of the places that it stands in.
-    differentiated = jax.jit(functools.partial(value_and_grad, loss_fn, problem.cut, False))
+    differentiated = jax.jit(functools.partial(value_and_grad, loss_fn, problem.structure, False))
 
     def evaluate(params: list[Array], changed: list[Array]) -> tuple[Array, Array, list[Array]]:
         arrays = list(traced)
@@ -599,19 +608,19 @@ class LBFGS(Optimizer):
             (group,) = self.param_groups
             self.definition.hyperparameters.check_structural(group)
             hyper, _ = self._stepper.planner.resolved(self.param_groups, 0)
-            call = self._stepper.captured(self.param_groups, self._handed, loss_function, args)
-            layout = self._layout_of(call.boxes)
+            call = self._stepper.call_of(self.param_groups, self._handed, loss_function, args)
+            layout = self._layout_of(call.parameters)
             size = group["history_size"]
             state = self._present(layout, size)
             pins = tuple(map(pin, state))
-            problem = interned(Problem, call.cut, layout, size, group["line_search_fn"], pins)
+            problem = interned(Problem, call.structure, layout, size, group["line_search_fn"], pins)
             params = distinct(call.differentiated, call.traced) if self.donate else call.differentiated
 
             def commit(results: list[Any]) -> list[tuple[Any, str, Any]]:
                 ((state, params, _, changed),) = results
                 call.write_back(changed)
-                for box, param in zip(call.boxes, params, strict=True):
-                    box._write(_placed_like(box.value, param))
+                for parameter, param in zip(call.parameters, params, strict=True):
+                    parameter._write(_placed_like(parameter.value, param))
                 entry = self.state[first] = ParameterState.of(self.state.get(first, {}))
                 return entry.moved(Kept(LBFGSState(*state)), self._stepper.handover)
 
@@ -624,9 +633,9 @@ class LBFGS(Optimizer):
         return loss
 
     def _layout_of(self, moving: Sequence[Parameter]) -> Layout:
-        boxes = self._parameters()
-        position = {box: index for index, box in enumerate(boxes)}
-        return Layout.of([box.value for box in boxes], [position[box] for box in moving])
+        parameters = self._parameters()
+        position = {parameter: index for index, parameter in enumerate(parameters)}
+        return Layout.of([parameter.value for parameter in parameters], [position[parameter] for parameter in moving])
 
     def _present(self, layout: Layout, history_size: int) -> LBFGSState:
         """The state that a step may update in place: that of the last one, or a new one of what somebody has seen."""
@@ -646,10 +655,10 @@ class LBFGS(Optimizer):
 
         return entries_of
 
-    def _checked(self, box: Parameter, entries: dict[str, Any], what: str = "loaded state") -> dict[str, Any]:
+    def _checked(self, parameter: Parameter, entries: dict[str, Any], what: str = "loaded state") -> dict[str, Any]:
         """The entries of a parameter, loaded or edited by hand, as they must be; or ``ValueError``."""
-        where = f"{what} of parameter {str(box)!r}"
-        if box is not self._parameters()[0]:
+        where = f"{what} of parameter {str(parameter)!r}"
+        if parameter is not self._parameters()[0]:
             raise ValueError(f"{where}: LBFGS keeps the state of all parameters with the first one")
         own = {name: value for name, value in entries.items() if name not in self.slot_names}
         strange = [name for name in own if name in names_of_others(self.definition)]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any, Literal
 
-from optimjax import schedules
+from optimjax._core import formulas
 from optimjax._core.containers import plain
 from optimjax._facade.optimizer import Optimizer
 from optimjax.lr_scheduler.base import (
@@ -115,7 +115,7 @@ class CyclicLR(LRScheduler):
             self.mode = mode
             self.gamma = gamma
             self._scale_fn_custom = scale_fn
-            _, self.scale_mode = schedules.cyclic_scale(mode, gamma, scale_fn, scale_mode)
+            _, self.scale_mode = formulas.cyclic_scale(mode, gamma, scale_fn, scale_mode)
             self.cycle_momentum = cycle_momentum
             if cycle_momentum:
                 self.use_beta1 = _uses_beta1(optimizer, key)
@@ -130,7 +130,7 @@ class CyclicLR(LRScheduler):
             self.base_lrs = base_lrs
 
     def _check_arguments(self) -> None:
-        schedules.cyclic_scale(self.mode, self.gamma, self._scale_fn_custom, self.scale_mode)
+        formulas.cyclic_scale(self.mode, self.gamma, self._scale_fn_custom, self.scale_mode)
         check_number("total_size", self.total_size, 0, open_=True)
         check_number("step_ratio", self.step_ratio, 0, open_=True)
 
@@ -149,13 +149,13 @@ class CyclicLR(LRScheduler):
         return [self._between(low, high) for low, high in zip(self.base_lrs, self.max_lrs, strict=True)]
 
     def _between(self, value: Rate, peak: Rate) -> Rate:
-        return schedules.triangle(
+        return formulas.triangle(
             value, peak, self.last_epoch, self.total_size, self.step_ratio, self.scale_fn, self.scale_mode
         )
 
     def scale_fn(self, x: float) -> float:
         """How high a cycle is: by its number (from 1), or by that of the batch, as ``scale_mode`` says."""
-        scale, _ = schedules.cyclic_scale(self.mode, self.gamma, self._scale_fn_custom, self.scale_mode)
+        scale, _ = formulas.cyclic_scale(self.mode, self.gamma, self._scale_fn_custom, self.scale_mode)
         return scale(x)
 
     def _adopt_groups(self) -> None:
@@ -246,13 +246,13 @@ class OneCycleLR(LRScheduler):
     ):
         with building(optimizer):
             self._schedule(optimizer, key)
-            self.total_steps = schedules.one_cycle_steps(total_steps, epochs, steps_per_epoch)
-            schedules.annealing(anneal_strategy)  # judges the argument
+            self.total_steps = formulas.one_cycle_steps(total_steps, epochs, steps_per_epoch)
+            formulas.annealing(anneal_strategy)  # judges the argument
             # As in PyTorch's state dict: each phase names the entries of a group that it goes between.
             initial, maximum, minimum = f"initial_{key}", f"max_{key}", f"min_{key}"
             rates = [initial, maximum, *([initial] if three_phase else []), minimum]
             momenta = ["max_momentum", "base_momentum", "max_momentum", *(["max_momentum"] if three_phase else [])]
-            ends = schedules.one_cycle_ends(self.total_steps, pct_start, three_phase)
+            ends = formulas.one_cycle_ends(self.total_steps, pct_start, three_phase)
             self._schedule_phases: list[dict[str, Any]] = [
                 {"end_step": end, "start_lr": a, "end_lr": b, "start_momentum": c, "end_momentum": d}
                 for end, (a, b), (c, d) in zip(ends, pairwise(rates), pairwise(momenta), strict=True)
@@ -278,8 +278,8 @@ class OneCycleLR(LRScheduler):
             super().__init__(optimizer, last_epoch, key=key)
 
     def _check_arguments(self) -> None:
-        schedules.one_cycle_steps(self.total_steps, None, None)
-        schedules.annealing(self._anneal_func_type)
+        formulas.one_cycle_steps(self.total_steps, None, None)
+        formulas.annealing(self._anneal_func_type)
         if not self._schedule_phases:
             raise entry_error("_schedule_phases", [], "a list of phases")
         for index, phase in enumerate(self._schedule_phases):
@@ -306,7 +306,7 @@ class OneCycleLR(LRScheduler):
         phases = self._schedule_phases
         ends = [phase["end_step"] for phase in phases]
         values = [group[phase[f"start_{of}"]] for phase in phases] + [group[phases[-1][f"end_{of}"]]]
-        return schedules.phases(count, ends, values, schedules.annealing(self._anneal_func_type))
+        return formulas.phases(count, ends, values, formulas.annealing(self._anneal_func_type))
 
     def _adopt_groups(self) -> None:
         groups = self.optimizer.param_groups

@@ -99,7 +99,7 @@ class _Before:
     def __init__(self, optimizer: Optimizer):
         self._optimizer = optimizer
         self._dicts = [(each, dict(each)) for each in (vars(optimizer), *optimizer.param_groups)]
-        self._boxes = [(box, box.value, box.grad) for box in optimizer._parameters()]
+        self._before = [(p, p.value, p.grad) for p in optimizer._parameters()]
         # Containers are copied: an optimizer with a step of its own may keep lists, and change them.
         self._state = {
             key: (entry, copied(entry)) for key, entry in optimizer.state.items() if isinstance(entry, MutableMapping)
@@ -115,12 +115,12 @@ class _Before:
         for present, kept in self._dicts:
             present.clear()
             present.update(kept)
-        for box, value, grad in self._boxes:
-            box._write(value)
-            box.grad = grad
+        for parameter, value, grad in self._before:
+            parameter._write(value)
+            parameter.grad = grad
         state = self._optimizer.state
-        for box, _, _ in self._boxes:
-            state.pop(box, None)
+        for parameter, _, _ in self._before:
+            state.pop(parameter, None)
         for key, (entry, values) in self._state.items():
             entry.clear()
             entry.update(values)

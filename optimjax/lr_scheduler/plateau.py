@@ -2,7 +2,7 @@
 
 from typing import Literal, SupportsFloat
 
-from optimjax import schedules
+from optimjax._core import formulas
 from optimjax._core.definition import as_number
 from optimjax._facade.optimizer import Optimizer
 from optimjax.lr_scheduler.base import LRScheduler, building, unless_it_fails, warn_of_epoch, write
@@ -77,14 +77,14 @@ class ReduceLROnPlateau(LRScheduler):
             self.default_min_lr = min_lr
             self.min_lrs = [min_lr] * groups
         self.last_epoch = 0
-        self.mode_worse = schedules.worst(mode)
+        self.mode_worse = formulas.worst(mode)
         self._last_lr = self._rates()
         self._reset()
 
     def _check_arguments(self) -> None:
         if self.factor >= 1.0:
             raise ValueError(f"Factor should be < 1.0, got {self.factor}")
-        schedules.improvement(self.mode, self.threshold, self.threshold_mode)
+        formulas.improvement(self.mode, self.threshold, self.threshold_mode)
 
     def _reset(self) -> None:
         self.best = self.mode_worse
@@ -113,9 +113,9 @@ class ReduceLROnPlateau(LRScheduler):
             warn_of_epoch()
         with unless_it_fails(self):
             self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
-            better = schedules.improvement(self.mode, self.threshold, self.threshold_mode)
+            better = formulas.improvement(self.mode, self.threshold, self.threshold_mode)
             counted = self.best, self.num_bad_epochs, self.cooldown_counter
-            cut, *counted = schedules.watch(float(metrics), *counted, better, self.patience, self.cooldown)
+            cut, *counted = formulas.watch(float(metrics), *counted, better, self.patience, self.cooldown)
             self.best, self.num_bad_epochs, self.cooldown_counter = counted
             if cut:
                 self._cut()
@@ -133,7 +133,7 @@ class ReduceLROnPlateau(LRScheduler):
                 )
             self.min_lrs = [self.default_min_lr] * len(groups)
         for group, lowest in zip(groups, self.min_lrs, strict=True):
-            write(group, self.key, schedules.reduced(as_number(group[self.key]), self.factor, lowest, self.eps))
+            write(group, self.key, formulas.reduced(as_number(group[self.key]), self.factor, lowest, self.eps))
 
     def _initial_step(self) -> None:
         self.last_epoch = 0
