@@ -55,8 +55,8 @@ class Numeric:
       optional: in a tuple, ``None`` may stand in place of the number.
       alike: the facade, like PyTorch's Adam, accepts all numbers or all arrays, not a mix.
       switch: a plain zero leaves a part of the algorithm out, with its slots (``momentum=0`` keeps no buffer).
-      skip: a plain zero leaves arithmetic out in the functional core. The facade keeps it, for its groups may be
-        edited at any time and that must not recompile.
+      skip: a plain zero leaves arithmetic out in the functional core. The facade keeps it, because its groups
+        may be edited at any time and that must not recompile.
     """
 
     minimum: float = -math.inf
