@@ -181,7 +181,7 @@ _seen: set[Any] = set()  # the selections of gradients that have a program of th
 
 
 def _has_program(grads: list[Any], limit: Any) -> bool:
-    """Whether these gradients go into one program: always while JAX traces, because that compiles the surrounding one."""
+    """Whether these gradients go into one program: always while JAX traces, which compiles what is around."""
     leaves = jax.tree.leaves(grads)
     if any(isinstance(leaf, Tracer) for leaf in (limit, *leaves)):
         return True
