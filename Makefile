@@ -5,34 +5,41 @@ PYTHON ?= python3
 NEWEST ?= $(shell for python in python3.13 $(HOME)/.pyenv/versions/3.13*/bin/python; do \
 	$$python -c '' 2>/dev/null && echo $$python && break; done)
 
-# How many tests run at once: make test WORKERS=8.
-WORKERS ?= 2
+# How many tests run at once; each takes up to 2 GB of memory. make test WORKERS=4
+WORKERS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+
+# The tests that the short form runs on the newest JAX.
+NEWEST_TESTS ?= tests/functional tests/facade tests/devices tests/invariants/test_nothing_is_lost*
 
 BIN := .venv/bin
 PYTEST := -m pytest -q -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check newest lint format docs bench clean
+.PHONY: help demo test test-thorough check newest lint format docs bench mutations clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/demo ## train on the handwritten digits and compare optimizers
 	$(BIN)/python -m optimjax demo
 
-test: ## everything that CI checks
-	@echo "1/3 formatting, lint and types"
+test: ## the checks of a change: about ten minutes on two cores
+	@echo "About ten minutes on two cores, the installation included; 'make test-thorough' takes half an hour."
+	@echo "1/3 formatting, lint and types (1 minute)"
 	@$(MAKE) --no-print-directory lint
-	@echo "2/3 tests and doctests"
+	@echo "2/3 tests and doctests (5 minutes)"
 	@$(MAKE) --no-print-directory check
-	@echo "3/3 the tests that need no PyTorch, on the newest JAX"
+	@echo "3/3 what depends most on JAX, on the newest one (3 minutes)"
 	@$(MAKE) --no-print-directory newest
 
+test-thorough: ## all combinations, and programs compiled as users compile them: about half an hour
+	@$(MAKE) --no-print-directory check newest FORM=--thorough NEWEST_TESTS=
+
 check: .venv/test
-	$(BIN)/python $(PYTEST)
+	$(BIN)/python $(PYTEST) $(FORM)
 
 newest: $(if $(NEWEST),.venv-newest/test)
-	$(if $(NEWEST),.venv-newest/bin/python $(PYTEST),@echo "No Python 3.13 here: the pass on the newest JAX is left out.")
+	$(if $(NEWEST),.venv-newest/bin/python $(PYTEST) $(FORM) $(NEWEST_TESTS),@echo "No Python 3.13 here: the pass on the newest JAX is left out.")
 
 lint: .venv/test ## formatting, lint and types
 	$(BIN)/ruff format --check
@@ -52,6 +59,9 @@ bench: .venv/test ## time a step beside optax and PyTorch, and measure where the
 	$(BIN)/python benchmarks/loss_step.py
 	$(BIN)/python benchmarks/sparse.py
 	$(BIN)/python benchmarks/clip.py
+
+mutations: .venv/test ## break the library in 40 places and see whether the tests notice: about an hour
+	$(BIN)/python tests/mutations.py
 
 clean: ## remove the virtual environments and caches
 	rm -rf .venv .venv-newest docs/_build docs/algorithms.rst docs/lr_schedulers.png .pytest_cache .ruff_cache .hypothesis

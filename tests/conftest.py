@@ -20,8 +20,9 @@ collect_ignore = ["two_processes.py"]  # a program, not a module
 # Before anything asks for a device: the tests of meshes have eight, all others run on the first.
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Random sequences compile programs, so CI has few of them. These are what `--hypothesis-profile` may name.
+# Random sequences compile programs, so there are few of them. These are what `--hypothesis-profile` may name.
 settings.register_profile("few", max_examples=5, deadline=None, derandomize=True)
+settings.register_profile("more", max_examples=15, deadline=None, derandomize=True)  # of the thorough form
 settings.register_profile("thorough", max_examples=150, deadline=None)
 
 # Most of the time of these tests goes into compiling small programs, so the short form asks XLA for quick ones: three
@@ -43,7 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
         flags = (f"--{name}={value}" for name, value in QUICK.items())
         os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])  # processes of tests inherit it
     if not config.getoption("--hypothesis-profile"):
-        settings.load_profile("thorough" if thorough else "few")
+        settings.load_profile("more" if thorough else "few")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -55,15 +56,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in set(left_out)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def forget_programs() -> Iterator[None]:
-    """Compiled programs are dropped after each file: a thousand of them take a gigabyte."""
-    yield
-    jax.clear_caches()
-    gc.collect()
-
-
 COMPILED = "/jax/core/compile/backend_compile_duration"
+MANY = 400
 _compiled: list[str] = []
 
 
@@ -73,6 +67,16 @@ def _listen(event: str, duration: float, **_: Any) -> None:
 
 
 jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+@pytest.fixture(autouse=True)
+def forget_programs() -> Iterator[None]:
+    """Now and then the compiled programs are dropped: a thousand of them take a gigabyte."""
+    yield
+    if len(_compiled) > MANY:
+        _compiled.clear()
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)

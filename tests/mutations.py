@@ -25,8 +25,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 3600  # seconds; a mutation that runs into it is a loop without end
-# Those that fail soonest come first.
-ORDER = ("invariants", "functional", "facade", "parity", "schedulers", "interop", "house", "devices", "docs")
+# Folders of tests, in the order in which they are likely to notice a mutation of a folder or module of the package.
+ORDER = ("functional", "invariants", "facade", "parity", "schedulers", "interop", "devices", "house", "docs")
+FIRST = {
+    "algorithms": ("parity",),
+    "lr_scheduler": ("schedulers",),
+    "schedules": ("schedulers",),
+    "formulas": ("schedulers",),
+    "_facade": ("facade", "interop"),
+    "_params": ("facade",),
+    "_engine": ("facade",),
+    "swa_utils": ("facade",),
+}
 
 OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
     ast.Add: ast.Sub,
@@ -142,10 +152,20 @@ def copied(folder: Path) -> Path:
     return folder
 
 
-def failure(root: Path, *options: str) -> str | None:
-    """The first test that fails, if one does."""
+def nearest_first(path: str, root: Path) -> list[str]:
+    """All tests: those named like a module of this path, then those of its folder, then the others."""
+    words = set(re.findall(r"[a-z]{3,}", path.removeprefix("optimjax/").removesuffix(".py")))
+    folders = [folder for word, found in FIRST.items() if word in path for folder in found]
+    folders = list(dict.fromkeys([*folders, *ORDER]))
+    files = [file for folder in folders for file in sorted((root / "tests" / folder).glob("test_*.py"))]
+    files.sort(key=lambda file: not words & set(re.findall(r"[a-z]{3,}", file.stem)))  # stable
+    return [path, *(str(file.relative_to(root)) for file in files), "optimjax"]
+
+
+def failure(path: str, root: Path, *options: str) -> str | None:
+    """The first test that fails with a mutation of this file, if one does."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *options]
-    tests = [str(root / "tests" / name) for name in ORDER] + [str(root / "optimjax")]
+    tests = nearest_first(path, root)
     environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         run = subprocess.run(
@@ -164,7 +184,7 @@ def judged(mutation: Mutation, root: Path) -> str:
     mutation.apply(root)
     try:
         for form, options in {"short": (), "thorough": ("--thorough",)}.items():
-            found = failure(root, *options)
+            found = failure(mutation.path, root, *options)
             if found:
                 return f"{form}: {found}"
         return "NOT NOTICED"
