@@ -11,7 +11,7 @@ import pytest
 
 import optimjax as optim
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()
 
 
@@ -63,7 +63,7 @@ def test_links_lead_somewhere():
 def test_source_distribution_has_what_tests_and_links_name():
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
     included = {path.removeprefix("/") for path in build["targets"]["sdist"]["include"]} | {"pyproject.toml"}
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
     named = {entry.name for entry in ROOT.iterdir() if f'"{entry.name}"' in tests}
     assert {"Makefile", "CONTRIBUTING.md", "notebooks"} <= named
     assert (named | {Path(target).parts[0] for target in links()}) - included == set()

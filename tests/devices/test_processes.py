@@ -10,7 +10,7 @@ def test_two_processes(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    program = Path(__file__).with_name("two_processes.py")
+    program = Path(__file__).parent.parent / "helpers" / "two_processes.py"
     arguments = [sys.executable, str(program), str(port)]
     processes = [
         subprocess.Popen(

@@ -17,6 +17,7 @@ from jax.experimental.sparse import BCOO
 __all__ = [
     "Entries",
     "Result",
+    "assert_same",
     "facade",
     "functional",
     "functional_steps",
@@ -150,3 +151,16 @@ def gradient_for_us(grad: Any) -> Any:
     if isinstance(grad, Entries):
         return BCOO((jnp.asarray(grad.values), jnp.asarray(grad.indices)), shape=grad.shape)
     return None if grad is None else np.conj(grad)
+
+
+def assert_same(ours: Result, theirs: Result, with_step: bool = True) -> None:
+    for mine, reference in zip(ours.params, theirs.params, strict=True):
+        np.testing.assert_allclose(mine, reference, rtol=1e-12, atol=1e-12)
+    for mine, reference in zip(ours.state, theirs.state, strict=True):
+        mine, reference = dict(mine), dict(reference)
+        if not with_step:  # the functional state counts where PyTorch's SGD does not
+            mine.pop("step")
+            reference.pop("step", None)
+        assert mine.keys() == reference.keys()
+        for name, value in reference.items():
+            np.testing.assert_allclose(mine[name], value, rtol=1e-12, atol=1e-12, err_msg=name)

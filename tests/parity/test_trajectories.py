@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import CASES, Case
-from reference import Result, facade, functional, pytorch, random_gradients, random_parameters
+from reference import Result, assert_same, facade, functional, pytorch, random_gradients, random_parameters
 
 STEPS = 100
 SHAPES = [
@@ -36,19 +36,6 @@ def combinations(*marks: pytest.MarkDecorator) -> Any:
             for options in every
         ],
     )
-
-
-def assert_same(ours: Result, theirs: Result, with_step: bool = True) -> None:
-    for mine, reference in zip(ours.params, theirs.params, strict=True):
-        np.testing.assert_allclose(mine, reference, rtol=1e-12, atol=1e-12)
-    for mine, reference in zip(ours.state, theirs.state, strict=True):
-        mine, reference = dict(mine), dict(reference)
-        if not with_step:  # the functional state counts where PyTorch's SGD does not
-            mine.pop("step")
-            reference.pop("step", None)
-        assert mine.keys() == reference.keys()
-        for name, value in reference.items():
-            np.testing.assert_allclose(mine[name], value, rtol=1e-12, atol=1e-12, err_msg=name)
 
 
 def missing(grads: list[list[Any]]) -> list[list[Any]]:

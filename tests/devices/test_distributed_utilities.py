@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SCRIPT = Path(__file__).with_name("distributed_utilities.py")
+SCRIPT = Path(__file__).parent.parent / "helpers" / "distributed_utilities.py"
 
 
 def start(*arguments: int) -> Any:

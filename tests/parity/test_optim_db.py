@@ -17,6 +17,7 @@ import pytest
 from cases import CASES, EVERY, Case
 from jax.experimental.sparse import BCOO
 from reference import (
+    assert_same,
     facade,
     functional_steps,
     gradient_for_us,
@@ -25,7 +26,6 @@ from reference import (
     random_gradients,
     random_parameters,
 )
-from test_parity import assert_same
 
 import optimjax as optim
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_lr_scheduler import CASES, EPOCHS, chain, make, sequence
+from scheduler_cases import CASES, EPOCHS, chain, make, sequence
 
 import optimjax as optim
 from optimjax import functional as F

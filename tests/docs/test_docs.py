@@ -12,7 +12,7 @@ import pytest
 from optimjax import algorithms
 from optimjax.algorithms import adam
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
