@@ -1,6 +1,5 @@
-"""Averages of models: PyTorch's numbers, every kind of model, and the pure functions."""
+"""An average of models has PyTorch's numbers and arrays of its own, and an error leaves it as it was."""
 
-import copy
 import functools
 from typing import Any
 from unittest import mock
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from averaged_nets import Net
 from flax import nnx
 from interrupts import interrupted_everywhere
 
@@ -29,16 +29,6 @@ def torch_model(torch: Any, values: Any, use_buffers: bool) -> Any:
         module.register_buffer("count", torch.tensor([7, 8]))
     module.register_buffer("mean", torch.tensor(values[0]))
     return module
-
-
-class Net(nnx.Module):
-    def __init__(self, rngs: Any):
-        self.linear = nnx.Linear(2, 3, rngs=rngs)
-        self.norm = nnx.BatchNorm(3, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
-
-    def __call__(self, x: Any) -> Any:
-        return self.dropout(self.norm(self.linear(x)))
 
 
 FUNCTIONS = {
@@ -392,103 +382,6 @@ def test_a_decay_may_be_a_schedule_or_vary_under_vmap() -> None:
         return mean.params(mean.update(jnp.asarray(1.0), state))
 
     np.testing.assert_allclose(jax.vmap(last)(jnp.array([0.1, 0.9])), [0.9, 0.1], rtol=1e-6)
-
-
-# --- Batch statistics -----------------------------------------------------------------------------------------------
-
-
-def test_update_bn_is_the_mean_over_batches(torch: Any) -> None:
-    model = Net(nnx.Rngs(0))
-    model.norm.use_running_average = True
-    batches = [np.random.default_rng(k).normal(size=(4, 2)).astype(np.float32) + k for k in range(3)]
-    swa_utils.update_bn([(jnp.asarray(batch), None) for batch in batches], model)
-    hidden = [np.asarray(model.linear(batch)) for batch in batches]
-    np.testing.assert_allclose(model.norm.mean.get_value(), np.mean([h.mean(0) for h in hidden], 0), rtol=1e-5)
-    np.testing.assert_allclose(model.norm.var.get_value(), np.mean([h.var(0) for h in hidden], 0), rtol=1e-4)
-    assert model.norm.momentum == 0.99
-    assert model.norm.use_running_average is True
-    assert model.dropout.deterministic is False
-
-    reference = torch.nn.BatchNorm1d(3)
-    torch.optim.swa_utils.update_bn([torch.tensor(h) for h in hidden], reference)
-    np.testing.assert_allclose(model.norm.mean.get_value(), reference.running_mean.numpy(), rtol=1e-5)
-    # PyTorch keeps the unbiased variance of a batch, flax the biased one.
-    np.testing.assert_allclose(model.norm.var.get_value() * 4 / 3, reference.running_var.numpy(), rtol=1e-4)
-
-
-def failing_loader() -> Any:
-    yield jnp.ones((4, 2))
-    raise OSError("disk")
-
-
-def same(a: Any, b: Any) -> None:
-    if jnp.issubdtype(a.dtype, jax.dtypes.extended):
-        a, b = jax.random.key_data(a), jax.random.key_data(b)
-    np.testing.assert_array_equal(a, b)
-
-
-def test_update_bn_leaves_a_model_without_batch_norm_alone_and_restores_after_an_error() -> None:
-    linear = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
-    swa_utils.update_bn(iter([None]), linear)  # not even called
-    model = Net(nnx.Rngs(0))
-    with pytest.raises(AttributeError, match="ndim"):
-        swa_utils.update_bn([None], model)
-    assert model.norm.momentum == 0.99
-    for loader, error in (([jnp.ones((4, 2)), None], AttributeError), ([], ValueError), (failing_loader(), OSError)):
-        before = nnx.to_pure_dict(nnx.state(model))
-        model.norm.use_running_average = True
-        with pytest.raises(error):
-            swa_utils.update_bn(loader, model)
-        jax.tree.map(same, nnx.to_pure_dict(nnx.state(model)), before)
-        assert (model.norm.momentum, model.norm.use_running_average) == (0.99, True)
-    averaged = swa_utils.AveragedModel(model)
-    swa_utils.update_bn([jnp.ones((4, 2))], averaged)
-    assert not np.allclose(averaged.module.norm.mean.get_value(), model.norm.mean.get_value())
-
-
-# --- SWALR ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("strategy", ["cos", "linear"])
-@pytest.mark.parametrize("epochs", [0, 1, 5])
-@pytest.mark.parametrize("swa_lr", [0.05, [0.02, 0.3]])
-def test_swalr_is_pytorchs(strategy: str, epochs: int, swa_lr: Any, torch: Any) -> None:
-    def trace(lib: Any, utils: Any, parameter: Any) -> Any:
-        groups = [{"params": [parameter()], "lr": 0.1}, {"params": [parameter()], "lr": 0.4}]
-        optimizer = lib.SGD(groups, lr=1.0)
-        scheduler = utils.SWALR(optimizer, swa_lr, anneal_epochs=epochs, anneal_strategy=strategy)
-        rates = []
-        for _ in range(12):
-            rates.append([group["lr"] for group in optimizer.param_groups])
-            optimizer.step()
-            scheduler.step()
-        return rates, set(scheduler.state_dict())
-
-    ours = trace(optim, swa_utils, lambda: optim.Parameter(jnp.ones(())))
-    assert ours == trace(torch.optim, torch.optim.swa_utils, lambda: torch.nn.Parameter(torch.ones(())))
-
-
-def test_swalr_resumes_and_refuses() -> None:
-    def make() -> Any:
-        optimizer = optim.SGD([jnp.ones(2)], lr=0.4)
-        return optimizer, swa_utils.SWALR(optimizer, 0.1, anneal_epochs=4)
-
-    whole, scheduler = make()
-    other, restored = make()
-    for index in range(6):
-        if index == 2:
-            saved = copy.deepcopy((whole.state_dict(), scheduler.state_dict()))
-            other.load_state_dict(saved[0])
-            restored.load_state_dict(saved[1])
-        for each in (scheduler, restored)[: 1 + (index >= 2)]:
-            each.optimizer.step([jnp.ones(2)])
-            each.step()
-    assert scheduler.get_last_lr() == restored.get_last_lr() == [0.1]
-    before = dict(whole.param_groups[0])
-    for wrong in ({"anneal_strategy": "sin"}, {"anneal_epochs": -1}, {"swa_lr": [1.0, 2.0]}):
-        with pytest.raises(ValueError, match=r"anneal_|swa_lr"):
-            swa_utils.SWALR(whole, **{"swa_lr": 0.2, **wrong})
-        assert whole.param_groups[0] == before
 
 
 @pytest.mark.parametrize("name", ["avg_fn", "multi_avg_fn"])
