@@ -531,7 +531,7 @@ SPARSE_ADAM = Case(
     other={"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-2, "maximize": True},
     complex_message="SparseAdam does not support complex parameters",
     sparse=True,
-    temporary=math.inf,  # grows with the entries that are named, which here are all; see test_sparse_adam.py
+    temporary=math.inf,  # grows with the entries that are named, which here are all; see test_sparse_programs.py
 )
 
 MUON = Case(
@@ -596,4 +596,4 @@ LBFGS = Case(
 )
 
 CASES = (SGD, ADAM, ADAMW, RMSPROP, ADAGRAD, ADAMAX, NADAM, RADAM, ADADELTA, RPROP, ASGD, ADAFACTOR, SPARSE_ADAM, MUON)
-EVERY = (*CASES, LBFGS)  # LBFGS takes no gradients but a loss function: test_lbfgs.py has its tests, of derivatives too
+EVERY = (*CASES, LBFGS)  # LBFGS takes no gradients but a loss function: see the files test_lbfgs*.py
