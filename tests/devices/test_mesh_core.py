@@ -1,4 +1,4 @@
-"""The functional core on eight devices: under jit, scan and shard_map, with automatic and with explicit axes."""
+"""The functional core works on eight devices: under jit, scan and shard_map, with automatic and with explicit axes."""
 
 from contextlib import nullcontext
 from typing import Any
