@@ -7,6 +7,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -15,7 +16,10 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-collect_ignore = ["two_processes.py"]  # a program, not a module
+# What test files share is not a test, and some of it is a program that a test starts.
+collect_ignore = ["helpers"]
+# An assertion in a helper says as much as one in a test.
+pytest.register_assert_rewrite(*(path.stem for path in (Path(__file__).parent / "helpers").glob("*.py")))
 
 # Before anything asks for a device: the tests of meshes have eight, all others run on the first.
 jax.config.update("jax_num_cpu_devices", 8)
