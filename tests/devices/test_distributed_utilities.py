@@ -1,4 +1,4 @@
-"""Clipping, averages and files on eight devices of one process, and on four of two processes."""
+"""Clipping, averages and files work on eight devices of one process, and on four of two processes."""
 
 import socket
 import subprocess

@@ -1,4 +1,4 @@
-"""The class on eight devices: results of one device, everything stays where it was put, nothing compiles twice."""
+"""On eight devices the class has the results of one, everything stays where it was put, and nothing compiles twice."""
 
 import copy
 from collections.abc import Callable

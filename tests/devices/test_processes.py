@@ -1,4 +1,4 @@
-"""Several processes: arrays that no process sees whole."""
+"""Several processes can train with arrays that none of them sees whole."""
 
 import socket
 import subprocess

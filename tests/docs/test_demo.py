@@ -1,4 +1,4 @@
-"""The command line: the demo from start to end, and what it says when something is wrong."""
+"""The demo of the command line runs from start to end, and says what is wrong when something is."""
 
 import io
 import os

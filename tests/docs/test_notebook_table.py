@@ -1,4 +1,4 @@
-"""What a notebook shows for an optimizer."""
+"""A notebook shows an optimizer as a table with a row for each group."""
 
 import xml.etree.ElementTree as ET
 from typing import Any

@@ -1,4 +1,4 @@
-"""Pictures of learning rates: what is drawn, labels, scale; nothing is imported or changed without need."""
+"""Learning rates are drawn with labels and a fitting scale, and nothing is imported or changed without need."""
 
 import subprocess
 import sys

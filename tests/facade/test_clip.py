@@ -28,7 +28,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
         np.testing.assert_allclose(box.grad, tensor.grad.numpy(), rtol=1e-12, atol=1e-12)
 
 
-# --- The norm, beside PyTorch ---------------------------------------------------------------------------------------
+# --- The norm, alongside PyTorch's ----------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("x64")
@@ -233,7 +233,7 @@ def test_a_gradient_that_is_no_floating_array_is_named(clip: Any, grad: Any, kin
         clip({"base": jnp.ones(2), "head": [grad]}, 1.0)
 
 
-def test_the_pure_twins_refuse_boxes() -> None:
+def test_the_pure_twins_refuse_parameters() -> None:
     """An underscore was forgotten: their values are no gradients."""
     made = boxes([np.ones(2, np.float32)])
     for pure, name in ((optim.clip_grad_norm, "clip_grad_norm"), (optim.clip_grad_value, "clip_grad_value")):
@@ -275,7 +275,7 @@ def test_clamping_keeps_the_dtype(dtype: str) -> None:
         np.testing.assert_array_equal(part(clamped), np.clip(part(grad), -0.5, 0.5))
 
 
-def test_sparse_gradients_on_boxes() -> None:
+def test_sparse_gradients_on_parameters() -> None:
     """Their norms and values are in the tests of SparseAdam; here with an error on request."""
     table = optim.Parameter(jnp.ones((5, 2)))
     table.grad = BCOO((jnp.array([[3.0, np.nan], [4.0, 0.0]]), jnp.array([[1], [1]])), shape=(5, 2))

@@ -191,7 +191,7 @@ def test_arguments_without_a_loss_function_are_refused(call: Any) -> None:
     np.testing.assert_array_equal(box.value, [1, 1])
 
 
-def test_messages_name_boxes_by_the_names_of_their_pairs_or_by_their_place() -> None:
+def test_messages_name_parameters_by_the_names_of_their_pairs_or_by_their_place() -> None:
     def boxes() -> list[Any]:
         return [optim.Parameter(jnp.ones(2)) for _ in range(2)]
 

@@ -1,4 +1,4 @@
-"""Groups chosen by name: rules, freezing and unfreezing, errors."""
+"""Rules choose groups by name, and freeze and unfreeze parameters; one that chooses nothing is an error."""
 
 import copy
 import re

@@ -1,4 +1,4 @@
-"""Hooks: the same script in PyTorch and here calls them in the same order with the same things."""
+"""The same script in PyTorch and here calls hooks in the same order with the same things."""
 
 import copy
 import functools

@@ -165,7 +165,7 @@ def test_a_frozen_parameter_gets_no_gradient_and_no_state(form: str, optimizer_c
         assert steps == [1, 3]
 
 
-def test_boxes_of_a_module_are_differentiated_in_the_module_given() -> None:
+def test_parameters_of_a_module_are_differentiated_in_the_module_given() -> None:
     model = Net()
     optimizer = optim.SGD(optim.parameters(model.out), lr=0.1)
     loss = optimizer.backward(loss_fn, model, X, Y)
@@ -178,7 +178,7 @@ def test_boxes_of_a_module_are_differentiated_in_the_module_given() -> None:
         optimizer.step(lambda x: jnp.sum(x), X)
 
 
-def test_boxes_may_be_arguments_themselves() -> None:
+def test_parameters_may_be_arguments_themselves() -> None:
     w, b = optim.Parameter([1.0, 2.0]), optim.Parameter([0.5, 0.5], requires_grad=False)
     optimizer = optim.SGD([w], lr=0.1)
     optimizer.backward(lambda params, other: jnp.sum(params[0] * other), b)

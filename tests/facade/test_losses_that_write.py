@@ -1,4 +1,4 @@
-"""What a loss changes in a module, statistics and random state and parameters, stays as under `nnx`."""
+"""What a loss writes into a module, into statistics, random state or parameters, stays there as under ``nnx``."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Modules and variables of ``flax.nnx`` are updated in place, in every kind of container, also where they are tied."""
+"""Modules and variables of ``flax.nnx`` are updated in place, in every kind of container, and where they are tied."""
 
 import copy
 import dataclasses
@@ -268,7 +268,7 @@ def test_modules_without_a_hash_train_and_are_copied(make: Any) -> None:
 
 
 @pytest.mark.parametrize("make", [lambda kernel: nnx.Dict(kernel=kernel), *UNHASHABLE.values()])
-def test_a_box_lives_as_long_as_a_module_that_holds_its_variable(make: Any) -> None:
+def test_a_parameter_lives_as_long_as_a_module_that_holds_its_variable(make: Any) -> None:
     variable = nnx.Param(jnp.ones(2))
     first, second = make(variable), make(variable)
     box = weakref.ref(next(optim.parameters([first, second])))
@@ -370,6 +370,6 @@ def test_layers_that_share_a_variable_have_one_parameter() -> None:
 
 
 @pytest.mark.parametrize("given", [lambda w: [w, w], lambda w: [("a", w), ("b", w)]], ids=["twice", "two names"])
-def test_one_box_under_two_names_is_refused_by_name(given: Any) -> None:
+def test_one_parameter_under_two_names_is_refused_by_name(given: Any) -> None:
     with pytest.raises(ValueError, match=r"appears more than once of param_groups\[0\]: w$"):
         optim.SGD(given(optim.Parameter(1.0, name="w")), lr=0.1)

@@ -1,4 +1,4 @@
-"""Boxes: identity, lifetime, arithmetic, checks."""
+"""A parameter keeps its identity, lives as long as its module, computes like an array, and checks what it is given."""
 
 import copy
 import gc
@@ -42,7 +42,7 @@ def model() -> Model:
     return Model()
 
 
-# --- Boxes of a module ----------------------------------------------------------------------------------------------
+# --- Parameters of a module -----------------------------------------------------------------------------------------
 
 
 def test_names_are_dotted_paths_without_statistics_and_random_state(model: Model) -> None:
@@ -87,7 +87,7 @@ def test_sets_of_ids_select(model: Model) -> None:
     assert [len(group["params"]) for group in optimizer.param_groups] == [6, 8]
 
 
-def test_a_box_keeps_gradient_and_freezing_while_nobody_holds_it(model: Model) -> None:
+def test_a_parameter_keeps_gradient_and_freezing_while_nobody_holds_it(model: Model) -> None:
     for box in optim.parameters(model.blocks[0]):
         box.requires_grad = False
         box.grad = jnp.ones(box.shape)
@@ -108,7 +108,7 @@ def test_reading_and_writing_reach_into_the_module(model: Model) -> None:
     assert float(box) == 5.0
 
 
-def test_boxes_die_with_their_module() -> None:
+def test_parameters_die_with_their_module() -> None:
     model = Model()
     boxes = list(optim.parameters(model))
     optimizer = optim.Adam(boxes)
@@ -121,7 +121,7 @@ def test_boxes_die_with_their_module() -> None:
     assert not any(ref() is not None for ref in alive)
 
 
-def test_boxes_of_many_modules_do_not_pile_up() -> None:
+def test_parameters_of_many_modules_do_not_pile_up() -> None:
     alive = []
     for _ in range(20):
         model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
@@ -131,7 +131,7 @@ def test_boxes_of_many_modules_do_not_pile_up() -> None:
     assert sum(ref() is not None for ref in alive) == 0
 
 
-def test_a_new_variable_in_the_place_of_another_has_a_new_box(model: Model) -> None:
+def test_a_new_variable_in_the_place_of_another_has_a_new_parameter(model: Model) -> None:
     old = dict(optim.named_parameters(model))["scale"]
     old.grad = jnp.asarray(1.0)
     model.scale = nnx.Param(jnp.zeros(()))
@@ -150,7 +150,7 @@ def test_integer_parameters_are_left_out() -> None:
     assert [name for name, _ in optim.named_parameters(Table())] == ["w"]
 
 
-def test_a_deep_copied_module_has_boxes_of_its_own(model: Model) -> None:
+def test_a_deep_copied_module_has_parameters_of_its_own(model: Model) -> None:
     first = next(iter(optim.parameters(model)))
     first.grad = jnp.ones(first.shape)
     twin = copy.deepcopy(model)
@@ -160,7 +160,7 @@ def test_a_deep_copied_module_has_boxes_of_its_own(model: Model) -> None:
     assert not np.array_equal(first.value, other.value)
 
 
-def test_a_pytree_gives_new_boxes() -> None:
+def test_a_pytree_gives_new_parameters() -> None:
     tree = {"layers": [{"kernel": jnp.ones((2, 2))}, {"kernel": jnp.zeros(2), "ids": jnp.arange(2)}], "act": jnp.tanh}
     named = dict(optim.named_parameters(tree))
     assert list(named) == ["layers.0.kernel", "layers.1.kernel"]
@@ -168,7 +168,7 @@ def test_a_pytree_gives_new_boxes() -> None:
     assert next(optim.parameters(tree)) is not named["layers.0.kernel"]
 
 
-# --- A box is an array ----------------------------------------------------------------------------------------------
+# --- A parameter is an array ----------------------------------------------------------------------------------------
 
 
 def test_in_jnp_functions() -> None:
@@ -232,7 +232,7 @@ def test_under_jit_grad_and_vmap() -> None:
     np.testing.assert_array_equal(w.value, [1, 2])
 
 
-def test_a_module_box_under_jit_leaves_the_module_alone(model: Model) -> None:
+def test_a_parameter_of_a_module_under_jit_leaves_the_module_alone(model: Model) -> None:
     box = dict(optim.named_parameters(model))["scale"]
     assert float(jax.jit(lambda w: w + 1)(box)) == 2.0
     assert isinstance(model.scale[...], jax.Array)
@@ -255,7 +255,7 @@ def test_setting_the_value_checks_shape_and_dtype() -> None:
     np.testing.assert_array_equal(w.value, [0, 0, 0])
 
 
-def test_setting_the_value_of_a_module_box_checks_too(model: Model) -> None:
+def test_setting_the_value_of_a_parameter_of_a_module_checks_too(model: Model) -> None:
     box = dict(optim.named_parameters(model))["scale"]
     with pytest.raises(ValueError, match=r"'scale' must keep shape \(\), got \(2,\)"):
         box.value = jnp.ones(2)
@@ -306,7 +306,7 @@ def test_complex_gradients_of_complex_parameters() -> None:
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda box: pickle.loads(pickle.dumps(box))])
-def test_copies_of_a_box(duplicate: Any) -> None:
+def test_copies_of_a_parameter(duplicate: Any) -> None:
     w = optim.Parameter([1.0, 2.0], name="w", requires_grad=False)
     w.grad = jnp.ones(2)
     twin = duplicate(w)
@@ -322,7 +322,7 @@ def test_repr_and_str() -> None:
     assert str(optim.Parameter(1.0, name="w")) == "w"
 
 
-def test_in_place_operators_change_the_box(model: Model) -> None:
+def test_in_place_operators_change_the_parameter(model: Model) -> None:
     loose = optim.Parameter(jnp.array([1.0, 2.0]))
     for box in (loose, next(optim.parameters(model))):
         start, same = np.asarray(box), box
@@ -353,7 +353,7 @@ def test_a_python_number_is_an_array_like_others(compilations: Any) -> None:
     assert compilations() == before
 
 
-def test_a_box_is_iterated_and_judged_as_its_value() -> None:
+def test_a_parameter_is_iterated_and_judged_as_its_value() -> None:
     box = optim.Parameter(jnp.array([[1.0, 2.0], [3.0, 4.0]]))
     assert [row.tolist() for row in box] == [[1, 2], [3, 4]]
     first, _ = optim.Parameter([5.0, 6.0])

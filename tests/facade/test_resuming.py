@@ -179,7 +179,7 @@ def test_hyperparameters_that_the_saved_groups_lack_come_from_the_defaults() -> 
     assert other.param_groups[0]["amsgrad"] is True
 
 
-def test_param_groups_and_their_boxes_stay_the_same_objects() -> None:
+def test_param_groups_and_their_parameters_stay_the_same_objects() -> None:
     """A scheduler or a script may hold them."""
     optimizer = run_adam()
     groups, boxes = list(optimizer.param_groups), boxes_of(optimizer)

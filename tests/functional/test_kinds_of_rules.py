@@ -1,4 +1,4 @@
-"""What a rule may be: over lists of parameters, for sparse gradients, with slots of every kind; and what is refused."""
+"""A rule may be over lists of parameters, for sparse gradients, and with slots of every kind; others are refused."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Hyperparameters as trees, also where the nodes of a tree can be called; and what can be called as a schedule.
+"""Hyperparameters may be trees, even those whose nodes can be called, and what can be called may be a schedule.
 
 A schedule is a function, or a tree that can be called where the parameters have not that node.
 """

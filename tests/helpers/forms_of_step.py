@@ -1,4 +1,4 @@
-"""Every form of step, and what an optimizer must hold after each number of steps."""
+"""Every form of step, with and without updates in place, from one start."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

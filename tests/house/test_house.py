@@ -1,4 +1,4 @@
-"""The house stands in floors: imports run downwards, no module is reached in a circle, doors only re-export."""
+"""The house stands in floors: imports run downwards, no module is reached in a circle, and doors only re-export."""
 
 import ast
 from pathlib import Path

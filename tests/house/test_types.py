@@ -1,4 +1,4 @@
-"""What an editor knows of the public functions: pyright's own words."""
+"""An editor knows the types of the public functions: pyright says what it infers."""
 
 import re
 import subprocess

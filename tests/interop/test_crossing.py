@@ -1,4 +1,4 @@
-"""Leaving the facade for the functional core, and coming back."""
+"""A run can leave the class for the functional core, and come back."""
 
 import copy
 import functools
@@ -192,7 +192,7 @@ def test_rates_that_are_tracers_go_along() -> None:
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_boxes_leave_as_a_list_or_a_dict(named: bool) -> None:
+def test_parameters_leave_as_a_list_or_a_dict(named: bool) -> None:
     boxes = [optim.Parameter(jnp.ones(2)), optim.Parameter(jnp.zeros(3))]
     optimizer = optim.AdamW([("a", boxes[0]), ("b", boxes[1])] if named else boxes, lr=0.1)
     params, state = optimizer.functional_state()

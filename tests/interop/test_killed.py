@@ -1,4 +1,4 @@
-"""A real process is killed (SIGKILL) and started again: the run is, bit for bit, the one that nobody killed."""
+"""A process that is killed (SIGKILL) and started again does, bit for bit, the run that nobody killed."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""Copies and pickles in the middle of a run: of every kind of `params`, with its module and its schedulers."""
+"""Copies and pickles in the middle of a run go on alike, for every kind of `params`, with module and schedulers."""
 
 import copy
 import pickle
@@ -114,7 +114,7 @@ def test_a_copy_of_a_run_continues_bit_for_bit_and_leaves_the_run_alone(kind: st
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "module" in kind])
-def test_the_boxes_of_a_copy_are_those_of_the_copied_module(kind: str, way: str) -> None:
+def test_the_parameters_of_a_copy_are_those_of_the_copied_module(kind: str, way: str) -> None:
     params, args = KINDS[kind]()
     args, optimizer = WAYS[way]((args, optim.SGD(params, lr=0.1)))
     model = args[0] if args else optimizer.params
@@ -124,7 +124,7 @@ def test_the_boxes_of_a_copy_are_those_of_the_copied_module(kind: str, way: str)
     assert all(box.grad is not None for box in of_groups)
 
 
-def test_a_copied_box_of_a_variable_is_that_variables_box() -> None:
+def test_a_copied_parameter_of_a_variable_is_that_variables_parameter() -> None:
     box = next(optim.parameters(model := Net()))
     assert copy.copy(box) is box
     assert next(optim.parameters(model)) is box

@@ -1,4 +1,4 @@
-"""Frozen parameters, for a while or until they are added: beside PyTorch, through saving and loading."""
+"""Parameters that are frozen, for a while or until they are added, behave as in PyTorch, also when saved and loaded."""
 
 import itertools
 import math
@@ -110,7 +110,7 @@ def test_gradients_of_frozen_parameters_must_fit_too() -> None:
     np.testing.assert_array_equal(optimizer.params[0], [1, 1])
 
 
-def test_a_box_of_a_frozen_module_is_left_alone_by_gradients_of_the_whole() -> None:
+def test_a_parameter_of_a_frozen_module_is_left_alone_by_gradients_of_the_whole() -> None:
     """`nnx.grad` knows nothing of boxes: it differentiates all of the module."""
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     dict(optim.named_parameters(model))["kernel"].requires_grad = False

@@ -1,4 +1,4 @@
-"""What holds for every algorithm, whatever its arithmetic."""
+"""Some rules hold for every algorithm, whatever its arithmetic."""
 
 import copy
 from collections.abc import Callable

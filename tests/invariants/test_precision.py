@@ -1,4 +1,4 @@
-"""Precision: nothing is promoted by accident, whatever the dtypes of parameters, hyperparameters and counts are.
+"""Nothing is promoted by accident, whatever the dtypes of parameters, hyperparameters and counts are.
 
 The suite runs under JAX's strict promotion of dtypes and ranks (conftest.py); tracing is enough to see an error of it.
 """

@@ -1,4 +1,4 @@
-"""Random nonsense in the place of values: it raises an error that says so, and nothing has changed; or it works."""
+"""Random nonsense in the place of values works, or raises an error that says so and changes nothing."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""What only Adafactor has: factored state, and an epsilon that depends on the parameter's dtype."""
+"""Only Adafactor has factored state, and an epsilon that depends on the parameter's dtype."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What only ASGD has: the mean of its parameters."""
+"""Only ASGD keeps the mean of its parameters."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""Infinite, undefined, huge and tiny numbers in parameters and gradients: what comes out is what PyTorch makes of them.
+"""Infinite, undefined, huge and tiny numbers in parameters and gradients become what PyTorch makes of them.
 
 What differs stands in the docstrings: numbers below the smallest normal one, which XLA takes for zero on a CPU; moments
 that infinite gradients have made infinite; for Adadelta in single precision, gradients above 1e15.

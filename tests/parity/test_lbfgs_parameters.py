@@ -63,7 +63,7 @@ def test_complex_mixed_and_empty_parameters_are_pytorchs(torch: Any, options: di
     assert list(ours.state) == [ours.param_groups[0]["params"][0]]
 
 
-def test_frozen_and_absent_boxes_have_a_zero_gradient() -> None:
+def test_frozen_and_absent_parameters_have_a_zero_gradient() -> None:
     a, frozen, absent, b = (optim.Parameter(jnp.array([2.0, 3.0]), name=name) for name in "afcb")
     frozen.requires_grad = False
     optimizer = optim.LBFGS([frozen, a, absent, b], **WOLFE)

@@ -1,4 +1,4 @@
-"""Muon beyond the common table: rounding, batches of matrices, and which axes are rows and columns."""
+"""Muon rounds as PyTorch does, shares products among matrices of a shape, and knows which axes are rows and columns."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""PyTorch's own test inputs, and what lies between them: both faces beside PyTorch, in float64.
+"""On PyTorch's own test inputs, and between them, both faces agree with PyTorch in float64.
 
 The inputs are every configuration and every error of ``optim_db``, with which PyTorch tests its optimizers.
 """

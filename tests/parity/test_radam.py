@@ -1,4 +1,4 @@
-"""What is RAdam's own: the length of its average, in a form of its own for traced steps."""
+"""RAdam computes the length of its average exactly, also in traced steps, which have a form of their own."""
 
 from decimal import Decimal, localcontext
 

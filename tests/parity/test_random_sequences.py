@@ -1,4 +1,4 @@
-"""Random sequences of what scripts do to an optimizer, here and in PyTorch side by side: they agree at every point.
+"""Random sequences of what scripts do to an optimizer agree at every point with the same sequences in PyTorch.
 
 Illegal calls are strewn in: each raises, and as the two go on agreeing, none has changed anything. CI runs a few
 sequences for each algorithm; ``pytest tests/parity/test_random_sequences.py --hypothesis-profile thorough`` runs 2,100,

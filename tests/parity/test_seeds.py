@@ -1,4 +1,4 @@
-"""Scripts of PyTorch tutorials, line by line in this library's terms, alongside the same script in PyTorch."""
+"""Scripts of PyTorch tutorials, line by line in this library's terms, train as the same scripts in PyTorch."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Scripts that choose groups by name endings and by ids, or freeze parameters, and the same scripts in PyTorch."""
+"""Scripts that choose groups by name endings and by ids, or freeze parameters, train as the same scripts in PyTorch."""
 
 import re
 from typing import Any

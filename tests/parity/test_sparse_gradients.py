@@ -109,10 +109,10 @@ def test_complex_parameters(torch: Any) -> None:
     assert len(optimizer.param_groups) == 1
 
 
-# --- boxes, modules, clipping ---------------------------------------------------------------------------------------
+# --- parameters, modules, clipping ----------------------------------------------------------------------------------
 
 
-def test_a_box_holds_a_sparse_gradient() -> None:
+def test_a_parameter_holds_a_sparse_gradient() -> None:
     box = optim.Parameter(jnp.ones((4, 2)), name="table")
     grad = row_sparse([1, 2, 1], jnp.ones((3, 2)), (4, 2))
     box.grad = grad

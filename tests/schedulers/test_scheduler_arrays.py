@@ -1,4 +1,4 @@
-"""Rates in arrays keep their dtype, scheduling compiles nothing, and a scheduler is copied with its optimizer."""
+"""Rates in arrays keep their dtype, scheduling compiles nothing, and scheduler and optimizer are copied together."""
 
 import copy
 import pickle

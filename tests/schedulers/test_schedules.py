@@ -1,4 +1,4 @@
-"""Schedules: the values of the stepped schedulers, for numbers, arrays and tracers, in both faces."""
+"""Schedules have the values of the stepped schedulers, for numbers, arrays and tracers, in both faces."""
 
 import functools
 import math
