@@ -11,6 +11,7 @@ from cases import EVERY, Case
 from jax.experimental.sparse import BCOO
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from small_rules import Factors
 
 from optimjax import functional as F
 from optimjax._core.apply import initial_slots
@@ -158,8 +159,6 @@ def test_rows_of_a_table_in_parts(kind: Any, spec: Any, compilations: Any) -> No
 
 def test_slots_of_other_ranks_are_whole() -> None:
     """Only axes that a slot shares with its parameter can be distributed alike."""
-    from test_contract import Factors
-
     mesh = mesh_of(AxisType.Auto)
     param = jax.device_put(WHOLE["w"], NamedSharding(mesh, P("d")))
     slots = initial_slots(Factors.rule, param, None, None)
