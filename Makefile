@@ -8,8 +8,9 @@ NEWEST ?= $(shell for python in python3.13 $(HOME)/.pyenv/versions/3.13*/bin/pyt
 # How many tests run at once; each takes up to 2 GB of memory. make test WORKERS=4
 WORKERS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 
-# The tests that the short form runs on the newest JAX.
-NEWEST_TESTS ?= tests/functional tests/facade tests/devices tests/invariants/test_nothing_is_lost*
+# What the short form runs on the newest JAX: the tests of what reaches deepest into it.
+NEWEST_TESTS ?= tests/functional tests/facade tests/devices $(addprefix tests/invariants/test_,\
+	errors_while_running.py interrupts.py looking.py memory.py)
 
 BIN := .venv/bin
 PYTEST := -m pytest -q -n $(WORKERS)

@@ -1,11 +1,13 @@
 """The short form and the thorough one; fixtures: seeds, strict promotion, double precision, PyTorch, compilations."""
 
+import ctypes
 import functools
 import gc
 import importlib
 import os
 import random
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,10 +47,29 @@ def pytest_configure(config: pytest.Config) -> None:
     thorough = config.getoption("--thorough")
     config.addinivalue_line("markers", "thorough: one more of a kind that the short form has, run by --thorough")
     if not thorough:
-        flags = (f"--{name}={value}" for name, value in QUICK.items())
-        os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])  # processes of tests inherit it
+        # By the environment, so that processes started by tests have it, too.
+        if not hasattr(config, "workerinput"):  # the process that starts the workers, which share what one compiles
+            folder = tempfile.TemporaryDirectory(prefix="optimjax_tests_")
+            config.add_cleanup(folder.cleanup)
+            os.environ |= {
+                "XLA_FLAGS": " ".join(
+                    [os.environ.get("XLA_FLAGS", ""), *(f"--{name}={value}" for name, value in QUICK.items())]
+                ),
+                "JAX_COMPILATION_CACHE_DIR": folder.name,
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            }
+        jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if not config.getoption("--hypothesis-profile"):
         settings.load_profile("more" if thorough else "few")
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: the garbage collector, which tests call often, need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -75,12 +96,14 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 
 @pytest.fixture(autouse=True)
 def forget_programs() -> Iterator[None]:
-    """Now and then the compiled programs are dropped: a thousand of them take a gigabyte."""
+    """Now and then the compiled programs are dropped: a thousand of them take more than a gigabyte."""
     yield
     if len(_compiled) > MANY:
         _compiled.clear()
         jax.clear_caches()
         gc.collect()
+        if sys.platform == "linux":  # where what is free is kept by the process, in pieces
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(autouse=True)

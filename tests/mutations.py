@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 3600  # seconds; a mutation that runs into it is a loop without end
 # Folders of tests, in the order in which they are likely to notice a mutation of a folder or module of the package.
 ORDER = ("functional", "invariants", "facade", "parity", "schedulers", "interop", "devices", "house", "docs")
+FORMS = {"short": (), "thorough": ("--thorough",)}
 FIRST = {
     "algorithms": ("parity",),
     "lr_scheduler": ("schedulers",),
@@ -179,12 +180,12 @@ def failure(path: str, root: Path, *options: str) -> str | None:
     return found.group(1) if found else f"pytest ended with {run.returncode}: {(run.stdout + run.stderr)[-300:]}"
 
 
-def judged(mutation: Mutation, root: Path) -> str:
+def judged(mutation: Mutation, root: Path, forms: Sequence[str]) -> str:
     """Which form of the tests notices the mutation, and by which test."""
     mutation.apply(root)
     try:
-        for form, options in {"short": (), "thorough": ("--thorough",)}.items():
-            found = failure(mutation.path, root, *options)
+        for form in forms:
+            found = failure(mutation.path, root, *FORMS[form])
             if found:
                 return f"{form}: {found}"
         return "NOT NOTICED"
@@ -197,6 +198,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=40, help="how many mutations (default 40)")
     parser.add_argument("--seed", type=int, default=0, help="which ones (default 0)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="how many at a time (default: one a core)")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="of the tests, in this order")
     parser.add_argument("--list", action="store_true", help="only print them")
     arguments = parser.parse_args()
     mutations = chosen(arguments.count, arguments.seed)
@@ -211,7 +213,7 @@ def main() -> int:
             def judge(mutation: Mutation) -> str:
                 root = roots.pop()
                 try:
-                    return judged(mutation, root)
+                    return judged(mutation, root, arguments.forms)
                 finally:
                     roots.append(root)
 

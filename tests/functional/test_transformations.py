@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 variants = pytest.mark.parametrize(
     ("case", "options"),
     [
-        pytest.param(case, options, id=f"{case}-{label}")
+        pytest.param(case, options, id=f"{case}-{label}", marks=pytest.mark.thorough if label == "base" else ())
         for case in CASES
         for label, options in zip(("base", "full"), case.variants(), strict=True)
     ],

@@ -269,6 +269,7 @@ def pairs() -> Iterator[Any]:
             yield pytest.param(case, names, id=f"{case}-{'-'.join(names)}")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("case", "names"), list(pairs()))
 def test_pair_of_options(case: Case, names: tuple[str, str]) -> None:
     options = dict(case.base)
