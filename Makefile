@@ -24,7 +24,7 @@ help: ## list the commands
 demo: .venv/demo ## train on the handwritten digits and compare optimizers
 	$(BIN)/python -m optimjax demo
 
-test: ## the checks of a change: about ten minutes on two cores
+test: ## the checks of a change, in about ten minutes on two cores
 	@echo "About ten minutes on two cores, the installation included; 'make test-thorough' takes half an hour."
 	@echo "1/3 formatting, lint and types (1 minute)"
 	@$(MAKE) --no-print-directory lint

@@ -197,7 +197,7 @@ def test_what_are_no_parameters(clip: Any, parameters: Any, found: str) -> None:
     [(value, ValueError) for value in (0, -1, -INF, float("nan"), "foo")] + [(None, TypeError), ([2], TypeError)],
 )
 def test_a_norm_that_is_none(norm_type: Any, error: Any) -> None:
-    """PyTorch takes 0 and less, and returns what is no norm of all gradients: 0 counts arrays, not elements."""
+    """PyTorch takes 0 and less, and returns what is not a norm of all gradients: 0 counts arrays, not elements."""
     (box,) = boxes([np.ones(2, np.float32)])
     for call in (lambda: optim.clip_grad_norm_(box, 0.1, norm_type), lambda: optim.clip_grad_norm([], 0.1, norm_type)):
         with pytest.raises(error, match=rf"norm_type.*{re.escape(repr(norm_type))}"):
@@ -234,7 +234,7 @@ def test_a_gradient_that_is_no_floating_array_is_named(clip: Any, grad: Any, kin
 
 
 def test_the_pure_twins_refuse_parameters() -> None:
-    """An underscore was forgotten: their values are no gradients."""
+    """An underscore was forgotten: their values are not gradients."""
     made = boxes([np.ones(2, np.float32)])
     for pure, name in ((optim.clip_grad_norm, "clip_grad_norm"), (optim.clip_grad_value, "clip_grad_value")):
         for given, found in ((made, "'0' is a Parameter"), (made[0], "'grads' is a Parameter")):

@@ -45,7 +45,7 @@ def test_a_loss_of_other_arguments_is_told_who_passes_the_model() -> None:
 
 
 class Batch:
-    __hash__ = None  # pyright: ignore[reportAssignmentType]  # as of a dataclass that is no tree
+    __hash__ = None  # pyright: ignore[reportAssignmentType]  # as of a dataclass that is not a tree
 
     def __init__(self, x: Any):
         self.x = x
@@ -110,12 +110,12 @@ def test_a_loss_function_without_a_hash_is_refused() -> None:
 def test_loss_functions_made_anew_are_warned_of_once(form: str) -> None:
     optimizer = optim.SGD({"w": jnp.ones(())}, lr=0.1)
 
-    def anew() -> None:
+    def again() -> None:
         for _ in range(12):
             getattr(optimizer, form)(lambda params: params["w"] ** 2)
 
     with pytest.warns(UserWarning, match="define the function once") as warned:
-        anew()
+        again()
     assert [warning.filename for warning in warned] == [__file__]
     scale = Scale()
     for _ in range(12):  # of a function and a bound method in turn there is nothing to say

@@ -129,7 +129,7 @@ def test_parameters_that_are_one_array() -> None:
 
 
 def test_a_parameter_the_loss_does_not_use_gets_a_zero_gradient() -> None:
-    """As `jax.grad` has it; an unused box of a module that is no argument gets none."""
+    """As `jax.grad` has it; an unused box of a module that is not an argument gets none."""
     optimizer = optim.SGD({"w": jnp.ones(2), "unused": jnp.ones(3)}, lr=0.1)
     optimizer.backward(lambda params: jnp.sum(params["w"]))
     assert [box.grad.tolist() for box in boxes_of(optimizer)] == [[0, 0, 0], [1, 1]]

@@ -61,7 +61,7 @@ def test_train_and_eval_are_respected() -> None:
 
     for form in (optimizer.backward, optimizer.step):
         model.train()
-        assert len(set(three(form))) == 3  # dropout draws anew
+        assert len(set(three(form))) == 3  # dropout draws again
         model.eval()
         before = non_parameters(model)
         assert len(set(three(form))) == 1
@@ -209,7 +209,7 @@ def test_a_loss_that_writes_into_parameters_is_compiled_once(make: Any, form: st
 
 @pytest.mark.parametrize("inner", [lambda f: f, nnx.jit, nnx.remat], ids=["plain", "nnx.jit", "nnx.remat"])
 def test_parameters_that_the_loss_only_reads_are_not_written(inner: Any) -> None:
-    """They would be outputs of the program: a copy of the model, and a next step that has to look at it anew."""
+    """They would be outputs of the program: a copy of the model, and a next step that has to look at it again."""
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     optimizer = optim.SGD(model, lr=0.1)
     apply = inner(lambda model, x: model(x))

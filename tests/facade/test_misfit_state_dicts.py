@@ -70,8 +70,8 @@ MISFITS = {
     "a missing step": (edit(lambda s: s["state"][2].pop("step")), r"lacks \['step'\]"),
     "only a step": (edit(lambda s: s["state"].update({2: {"step": 3}})), "lacks"),
     "an illegal value": (edit(lambda s: s["param_groups"][1].update(lr="fast")), r"lr of param_groups\[1\] is 'fast'"),
-    "a slot that is no array": (edit(lambda s: s["state"][2].update(exp_avg="mean")), "exp_avg"),
-    "a step that is no number": (edit(lambda s: s["state"][2].update(step=np.ones(2))), "step"),
+    "a slot that is not an array": (edit(lambda s: s["state"][2].update(exp_avg="mean")), "exp_avg"),
+    "a step that is not a number": (edit(lambda s: s["state"][2].update(step=np.ones(2))), "step"),
     "a step in between": (edit(lambda s: s["state"][2].update(step=1.5)), "'step' is 1.5, which is not a whole number"),
     "a step below zero": (edit(lambda s: s["state"][2].update(step=-3)), "'step' is -3, which is not a whole number"),
     "an infinite step": (

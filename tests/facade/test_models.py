@@ -189,7 +189,7 @@ def test_what_holds_no_arrays_is_named(params: Any, found: str) -> None:
 
 
 class Equinox(eqx.Module):
-    """Layers whose plain numbers are leaves, arrays that are no parameters, a static field."""
+    """Layers whose plain numbers are leaves, arrays that are not parameters, a static field."""
 
     conv: eqx.nn.Conv1d
     pool: eqx.nn.MaxPool1d

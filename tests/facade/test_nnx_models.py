@@ -80,7 +80,7 @@ CONTAINERS: dict[str, Any] = {
 
 
 def arrays_of(params: Any) -> list[np.ndarray]:
-    """By value, for a copy must not see what happens to the variables."""
+    """By value, because a copy must not see what happens to the variables."""
     return [np.array(box) for box in optim.parameters(params)]
 
 

@@ -264,7 +264,7 @@ def test_setting_the_value_of_a_parameter_of_a_module_checks_too(model: Model) -
 
 def test_setting_the_gradient_checks_shape_and_kind() -> None:
     w = optim.Parameter(jnp.ones(3), name="w")
-    w.grad = np.ones(3, np.float16)  # another precision is no harm: the step computes in float32 at least
+    w.grad = np.ones(3, np.float16)  # another precision does no harm: the step computes in float32 at least
     assert isinstance(w.grad, jax.Array)
     for grad, error, message in [
         (jnp.ones(2), ValueError, r"'w' has shape \(2,\), the parameter has \(3,\)"),

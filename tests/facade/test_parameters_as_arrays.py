@@ -28,7 +28,7 @@ def test_a_parameter_has_the_methods_of_its_array(bound: bool) -> None:
     assert p.sum().item() == 15
     assert p[0, 1].item() == 1
     assert {"T", "mean", "at", "value", "grad"} <= set(dir(p))
-    assert not hasattr(p, "detach")  # it is no tensor
+    assert not hasattr(p, "detach")  # it is not a tensor
     assert not hasattr(p, "anything")
 
 

@@ -102,7 +102,7 @@ def test_state_beside_the_parameters_is_saved_and_loaded_as_in_pytorch(torch: An
     assert keys == [0, "global", "b"]
     assert loaded == {"global": {"count": 3, "history": [1.0]}, "b": {"x": 1}}
     expected = script([theirs(), theirs()])
-    expected[1]["global"]["count"] = 3  # PyTorch's state dict is no snapshot
+    expected[1]["global"]["count"] = 3  # PyTorch's state dict is not a snapshot
     assert (keys, loaded, after) == expected
 
 

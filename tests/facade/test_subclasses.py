@@ -98,7 +98,7 @@ class PlainSGD(optim.Optimizer):
 
 
 def test_a_subclass_may_take_arguments_of_its_own() -> None:
-    """They are no hyperparameters of the rule, which does not know them."""
+    """They are not hyperparameters of the rule, which does not know them."""
 
     class Clipped(optim.Adam):
         def __init__(self, params: Any, lr: LearningRate = 0.1, clip: float = 0.5, *, log: Any = print):

@@ -33,7 +33,7 @@ from optimjax.rule import Rule
 
 
 def test_lists_of_several_dtypes_are_widened_each_by_its_own(x64: None) -> None:
-    """float64 beside bfloat16: the rule asserts what it gets."""
+    """float64 alongside bfloat16: the rule asserts what it gets."""
     params = {"half": jnp.ones(2, jnp.bfloat16), "double": jnp.full(2, 1 + 1e-12, jnp.float64)}
     algorithm = F.factory(Together)(lr=0.0)
     for order in (("half", "double"), ("double", "half")):

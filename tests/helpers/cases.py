@@ -438,7 +438,7 @@ RPROP = Case(
     ),
     other={"lr": 0.1, "etas": (0.3, 1.5), "step_sizes": (0.08, 0.1), "maximize": True},
     towards={"etas": 1},
-    temporary=2.01,  # XLA copies both slots, for it computes each output anew from what was given
+    temporary=2.01,  # XLA copies both slots, because it computes each output again from what was given
     ignored={"capturable": True, "foreach": True, "differentiable": True},
     descent=Descent(0.01, 0.01, options={"step_sizes": (1e-12, 1)}),
 )

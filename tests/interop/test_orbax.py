@@ -101,7 +101,7 @@ def in_detail(of: Any) -> list[str]:
 
 
 def test_a_module_and_its_optimizer_in_one_checkpoint(tmp_path: Path) -> None:
-    """The model's state with its random keys beside the state dict: the recipe of docs/saving.md."""
+    """The model's state with its random keys alongside the state dict: the recipe of docs/saving.md."""
 
     def build(seed: int) -> Any:
         rngs = nnx.Rngs(seed)

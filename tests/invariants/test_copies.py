@@ -57,7 +57,7 @@ def of_boxes(params: Callable[[Net], Any]) -> Callable[[], Any]:
     return make
 
 
-# For each kind: params, and the arguments of the loss beside them: a module, where boxes were taken of it.
+# For each kind: params, and the other arguments of the loss: a module, where boxes were taken of it.
 KINDS: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
     "pytree": lambda: (tree(), ()),
     "Equinox": lambda: (eqx.nn.MLP(3, 1, 2, 1, jnp.tanh, key=jax.random.key(0)), ()),

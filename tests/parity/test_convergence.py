@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cases import EVERY, Case
 
-# Both start in a row of numbers, for some algorithms take matrices only, and have their optimum at ones.
+# Both start in a row of numbers, because some algorithms take matrices only, and have their optimum at ones.
 CURVATURES = np.geomspace(1, 20, 4)
 
 

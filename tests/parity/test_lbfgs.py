@@ -47,7 +47,7 @@ def test_iterates_and_evaluations_are_pytorchs(torch: Any, name: str, options: d
         options = {"lr": problem(name).lr, **options}
     ours, theirs = our_run(problem(name), options, 12), torch_run(torch, problem(name), options, 12)
     # Quasi-Newton steps amplify rounding: PyTorch's own run drifts away from itself where the start is moved by a few
-    # units in the last place. As far as that drift stays small, our run must stay beside it.
+    # units in the last place. As far as that drift stays small, our run must stay near it.
     moved = [torch_run(torch, problem(name), options, 12, ulps) for ulps in (-3, 3)]
     drift = np.maximum.accumulate(np.maximum(*(distances(run, theirs) for run in moved)))
     reproducible = drift < 1e-7

@@ -136,12 +136,12 @@ def test_a_search_that_meets_no_number_ends_with_its_best_point(beyond: float) -
 @pytest.mark.usefixtures("x64")
 def test_pytorch_loses_its_parameters_there(torch: Any) -> None:
     setting, options = Problem(lambda lib, x: (x - lib.log(x)).sum(), np.array([3.0])), {"lr": 30.0, **WOLFE}
-    assert not torch_run(torch, setting, options, 1).params[0] > 0  # the logarithm is no number
+    assert not torch_run(torch, setting, options, 1).params[0] > 0  # the logarithm is not a number
     assert our_run(setting, options, 1).params[0].tolist() == [3.0]
 
 
 def test_the_best_point_so_far_is_kept() -> None:
-    """The first trial is good, the second, ten times as far, is no number."""
+    """The first trial is good, the second, ten times as far, is not a number."""
     evaluated = []
 
     def loss_fn(params: Any) -> Any:

@@ -156,7 +156,7 @@ def test_parameters_can_be_donated() -> None:
 
 
 def test_parameters_stay_on_their_mesh() -> None:
-    """Each spread as it was, though all are one vector in between; another process, for it has more devices."""
+    """Each spread as it was, though all are one vector in between; in another process, which has more devices."""
     program = """
         import jax, jax.numpy as jnp, numpy as np
         import optimjax as optim

@@ -121,7 +121,7 @@ def test_state_can_be_edited() -> None:
     optimizer = optim.LBFGS([jnp.asarray(setting.start)], lr=1e-3, max_iter=3)
     optimizer.step(setting.ours)
     fresh = optim.LBFGS(optimizer.params, lr=1e-3, max_iter=3)
-    state_of(optimizer)["n_iter"] = 0  # as in PyTorch: begin anew
+    state_of(optimizer)["n_iter"] = 0  # as in PyTorch: begin again
     state_of(optimizer)["note"] = "mine"
     optimizer.step(setting.ours)
     fresh.step(setting.ours)

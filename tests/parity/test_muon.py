@@ -124,7 +124,7 @@ def test_singular_values_are_near_one(shape: tuple[int, int], dtype: str) -> Non
         grad = jnp.asarray(normal(*shape), dtype)
         found = np.asarray(-direction(grad, ns_dtype=ns_dtype), np.float64) / np.sqrt(max(1, shape[0] / shape[1]))
         u, _, vt = np.linalg.svd(np.asarray(grad, np.float64), full_matrices=False)
-        singular = u.T @ found @ vt.T  # diagonal, for the singular vectors are the gradient's
+        singular = u.T @ found @ vt.T  # diagonal, because the singular vectors are the gradient's
         values = np.diag(singular)
         assert values[:-1].min() > 0.5
         assert values.max() < 1.25
@@ -263,7 +263,7 @@ def test_together_or_alone_they_are_the_same(
 def test_temporary_memory_is_that_of_the_products(
     usual: Any, ns_dtype: str, share: float, count: int, size: int
 ) -> None:
-    """X, the product with itself, the polynomial, and a product before it is rounded; no copies beside these."""
+    """X, the product with itself, the polynomial, and a product before it is rounded; no other copies."""
     params = [jax.ShapeDtypeStruct((size, size), jnp.float32)] * count
     algorithm = F.muon(ns_dtype=ns_dtype)
     state = jax.eval_shape(algorithm.init, params)

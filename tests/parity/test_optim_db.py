@@ -83,7 +83,7 @@ def our_loss(params: Any) -> Any:
 
 @functools.cache
 def compiled(factory: Callable[..., Any], structure: tuple[tuple[str, Any], ...]) -> tuple[Any, Any]:
-    """The functional core of an algorithm that evaluates the loss; other numbers do not compile it anew."""
+    """The functional core of an algorithm that evaluates the loss; other numbers do not compile it again."""
     init, update = factory(**dict(structure))
     return init, jax.jit(lambda params, state, numbers: update(params, None, state, loss_fn=our_loss, **numbers))
 
@@ -191,7 +191,7 @@ ACCEPTED = [
     "lr as Tensor doesn't work with foreach & not capturable",
     r"betas\[0\] as a Tensor is not supported for capturable=False and foreach=True",
 ]
-# Of the facade alone: the functional core takes numbers beside arrays, tracers and schedules.
+# The facade alone refuses them: the functional core also takes arrays, tracers and schedules.
 MIXED = "betas must be either both floats or both Tensors"
 
 

@@ -251,7 +251,7 @@ class Sequence(RuleBasedStateMachine):
 
     @rule(index=some, seed=some)
     def assign(self, index: int, seed: int) -> None:
-        """As weights are loaded, tied or initialised anew in the middle of a run."""
+        """As weights are loaded, tied or initialised again in the middle of a run."""
         index %= len(self.tensors)
         value = np.random.default_rng(seed).normal(size=self.boxes[index].shape)
         self.boxes[index].value = value

@@ -51,7 +51,7 @@ def test_state_dict_is_pytorchs(case: str, torch: Any) -> None:
 
 @every_case
 def test_a_run_started_in_pytorch_goes_on(case: str, torch: Any) -> None:
-    """The other way round, too, for the state dicts are equal."""
+    """The other way round, too, because the state dicts are equal."""
     ours, theirs = build(), build_torch(torch)
     our, their = make(optim.lr_scheduler, case)(ours), make(torch.optim.lr_scheduler, case)(theirs)
     follow(theirs, their, 23)
