@@ -28,6 +28,7 @@ from optimjax._core.hyperparameters import (
     Skippable,
     Structural,
     Switch,
+    one_of,
 )
 from optimjax._core.numerics import (
     at_least_float32,
@@ -75,6 +76,7 @@ __all__ = [
     "decay",
     "factory",
     "maximum",
+    "one_of",
     "sqrt",
     "where",
 ]

@@ -37,6 +37,7 @@ __all__ = [
     "Skippable",
     "Structural",
     "Switch",
+    "one_of",
 ]
 
 
@@ -170,6 +171,21 @@ def true_or_false(name: str, value: Any) -> None:
     """Raise unless the value is a bool; 0 and 1 pass, as in PyTorch."""
     if not isinstance(value, (int, np.bool_)):
         raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def one_of(
+    *values: Any, message: str = "{name} must be one of {values}, got {value!r}", error: type[Exception] = ValueError
+) -> Structural:
+    """The kind of an argument that must be one of some values, such as ``None`` and strings.
+
+    ``message`` may contain ``{name}``, ``{value}`` and ``{values}``.
+    """
+
+    def check(name: str, value: Any) -> None:
+        if value not in values:
+            raise error(message.format(name=name, value=value, values=", ".join(map(repr, values))))
+
+    return Structural(check)
 
 
 # What a numeric hyperparameter may be. The facade takes numbers and arrays only; the functional core also takes

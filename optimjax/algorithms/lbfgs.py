@@ -77,7 +77,7 @@ from optimjax._storage.placement import pin, pinned
 from optimjax.algorithms.parts.line_search import Point, strong_wolfe
 from optimjax.algorithms.parts.vector import Layout, dot, largest
 from optimjax.optimizer import Optimizer
-from optimjax.rule import LearningRate, Number, Numeric, Structural
+from optimjax.rule import LearningRate, Number, Numeric, Structural, one_of
 
 __all__ = ["LBFGS", "lbfgs"]
 
@@ -481,9 +481,10 @@ def _positive_integer(name: str, value: Any) -> None:
         raise ValueError(f"Invalid {name}: {value!r}")
 
 
-def _strong_wolfe_or_none(name: str, value: Any) -> None:
-    if value not in (None, "strong_wolfe"):
-        raise RuntimeError(f"only 'strong_wolfe' is supported, got {value!r}")
+LineSearch = Annotated[
+    str | None,
+    one_of(None, "strong_wolfe", message="only 'strong_wolfe' is supported, got {value!r}", error=RuntimeError),
+]
 
 
 class LBFGS(Optimizer):
@@ -538,7 +539,7 @@ class LBFGS(Optimizer):
         tolerance_grad: Number = 1e-7,
         tolerance_change: Number = 1e-9,
         history_size: Annotated[int, Structural(_positive_integer)] = 100,
-        line_search_fn: Annotated[str | None, Structural(_strong_wolfe_or_none)] = None,
+        line_search_fn: LineSearch = None,
     ):
         if max_eval is None:
             Numeric().check("max_iter", max_iter)

@@ -66,13 +66,13 @@ from optimjax.rule import (
     Structural,
     at_least_float32,
     factory,
+    one_of,
     sqrt,
 )
 
 __all__ = ["Muon", "muon"]
 
 ELEMENTS = 2**20  # of the matrices that are orthogonalised together; benchmarks/muon.py measures it
-PRECISIONS = ("bfloat16", "float32", "float64")  # not float16, in which small gradients vanish
 
 
 def _at_least_zero(what: str) -> Numeric:
@@ -108,16 +108,6 @@ def _steps(name: str, value: Any) -> None:
         raise ValueError(f"Number of steps must be at least 0, got {value}")
 
 
-def _adjustment(name: str, value: Any) -> None:
-    if value not in (None, "original", "match_rms_adamw"):
-        raise ValueError(f"Adjust learning rate function {value} is not supported")
-
-
-def _precision(name: str, value: Any) -> None:
-    if value not in (None, *PRECISIONS):
-        raise ValueError(f"{name} must be None or one of {', '.join(map(repr, PRECISIONS))}, got {value!r}")
-
-
 def _axes(name: str, value: Any) -> None:
     pair = (
         isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(part, (tuple, list)) for part in value)
@@ -127,8 +117,11 @@ def _axes(name: str, value: Any) -> None:
 
 
 Steps = Annotated[int, Structural(_steps)]
-Adjustment = Annotated[str | None, Structural(_adjustment)]
-Precision = Annotated[str | None, Structural(_precision)]
+Adjustment = Annotated[
+    str | None,
+    one_of(None, "original", "match_rms_adamw", message="Adjust learning rate function {value} is not supported"),
+]
+Precision = Annotated[str | None, one_of(None, "bfloat16", "float32", "float64")]  # float16 loses small gradients
 Axes = Annotated[tuple[tuple[int, ...], tuple[int, ...]] | None, Structural(_axes)]
 
 

@@ -48,7 +48,7 @@ def test_axes_that_do_not_fit(make: Callable[..., Any], axes: Any) -> None:
         ({"matrix_axes": ((0,),)}, ValueError, "matrix_axes must be None or a pair of tuples .*, got ((0,),)"),
         ({"matrix_axes": ((0,), (1.0,))}, ValueError, "matrix_axes must be None or a pair .*, got ((0,), (1.0,))"),
         ({"matrix_axes": "ab"}, ValueError, "matrix_axes must be None or a pair of tuples .*, got 'ab'"),
-        ({"ns_dtype": "float16"}, ValueError, "ns_dtype must be None or one of 'bfloat16', .*, got 'float16'"),
+        ({"ns_dtype": "float16"}, ValueError, "ns_dtype must be one of None, 'bfloat16', .*, got 'float16'"),
         ({"ns_dtype": jnp.float32}, TypeError, "ns_dtype decides what is compiled: .*, got <class "),
         ({"ns_steps": -1}, ValueError, "Number of steps must be at least 0, got -1"),
         ({"ns_steps": 2.5}, TypeError, "ns_steps must be an integer, got 2.5"),
