@@ -59,7 +59,7 @@ def _is_mixed(groups: Groups) -> bool:
 
 
 def _parts(own: Definition, groups: Groups) -> dict[str, Part]:
-    """By label, the groups with parameters that train: those that agree in their algorithm and in what it compiles in."""
+    """By label, the groups with parameters that train: those of one algorithm, where it compiles in the same."""
     alike: dict[Any, list[Mapping[str, Any]]] = {}
     for index, group in enumerate(groups):
         if any(parameter.requires_grad for parameter in group["params"]):

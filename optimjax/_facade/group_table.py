@@ -23,8 +23,13 @@ def table(cls: type, groups: Sequence[Mapping[str, Any]], state: Mapping[Any, An
     """
     keys = [key for key in dict.fromkeys(itertools.chain(*groups)) if key not in ("params", "param_names", "name")]
     # Options that are not arguments of the constructor have no default to compare with.
-    usual = {**defaults, **_usual(cls)}
-    shown = [key for key in keys if key == "lr" or any(_text(g.get(key)) != _text(usual.get(key)) for g in groups)]
+    usual = [_usual(group["algorithm"]) if "algorithm" in group else {**defaults, **_usual(cls)} for group in groups]
+    pairs = list(zip(groups, usual, strict=True))
+    shown = [
+        key
+        for key in keys
+        if key == "lr" or any(key in group and _text(group[key]) != _text(own.get(key)) for group, own in pairs)
+    ]
     header = ["group", "parameters", "elements", "state bytes", *map(str, shown)]
     rows = []
     for index, group in enumerate(groups):
@@ -56,4 +61,6 @@ def _names(names: list[str]) -> str:
 def _text(value: Any) -> str:
     if isinstance(value, (jax.Array, np.ndarray)):
         return str(np.asarray(value))
+    if isinstance(value, type):  # an algorithm
+        return value.__name__
     return f"{value:g}" if isinstance(value, float) else str(value)
