@@ -2,7 +2,7 @@
 
     python benchmarks/muon_or_adamw.py [--steps 300] [--seeds 3] [--out muon_or_adamw.png]
 
-Both have a sweep of as many rates, the same schedule (warm-up and cosine), the same initial weights and batches for each
+Both have a sweep of as many rates, the same schedule (warm-up, cosine), the same initial weights and batches for each
 seed. The text is the documentation that Python ships (``pydoc_data.topics``). Printed are, for each rate, the mean of
 the last losses on held-out text with its spread over the seeds, and how many steps the best rate of each takes to the
 loss that AdamW ends with. The picture has the curves of the best rates. Ten minutes on two cores.
