@@ -120,12 +120,18 @@ def section(entry: Entry) -> str:
 {state_table(entry)}
 **Source:** {entry.source}
 
-**PyTorch:** `torch.optim.{name} <{PYTORCH.format(name)}>`__
-
-**Differs from PyTorch:** {entry.differs_from_pytorch}
+{in_pytorch(entry)}**Differs from PyTorch:** {entry.differs_from_pytorch}
 
 **Differs from optax:** {entry.differs_from_optax}
 """
+
+
+def in_pytorch(entry: Entry) -> str:
+    """Where PyTorch documents it."""
+    if "PyTorch does not have it" in entry.differs_from_pytorch:
+        return ""
+    name = entry.cls.__name__
+    return f"**PyTorch:** `torch.optim.{name} <{PYTORCH.format(name)}>`__\n\n"
 
 
 # --- Arguments and state --------------------------------------------------------------------------------------------

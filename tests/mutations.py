@@ -217,7 +217,9 @@ def main() -> int:
                 finally:
                     roots.append(root)
 
-            for mutation, verdict in zip(mutations, pool.map(judge, mutations), strict=True):
+            futures = {pool.submit(judge, mutation): mutation for mutation in mutations}
+            for future in concurrent.futures.as_completed(futures):
+                mutation, verdict = futures[future], future.result()
                 print(f"{mutation}\n    {verdict}", flush=True)
                 missed += not verdict.startswith("short")
     print(f"{len(mutations) - missed} of {len(mutations)} noticed by the short form")

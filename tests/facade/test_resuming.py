@@ -79,7 +79,7 @@ def test_resuming_is_bit_for_bit(case: Case, index: int, first: int, second: int
 @pytest.mark.parametrize(("case", "index"), VARIANTS)
 def test_a_run_of_pytorch_continues(case: Case, index: int, saved_after: int, torch: Any) -> None:
     tensors = [torch.nn.Parameter(torch.from_numpy(v.copy())) for v in case.fit(values())]
-    theirs = getattr(torch.optim, case.torch)(
+    theirs = case.reference(torch)(
         [{"params": tensors[:2]}, {"params": tensors[2:], "lr": 0.02}], **case.theirs(case.variants()[index])
     )
 

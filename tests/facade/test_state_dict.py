@@ -24,7 +24,7 @@ import optimjax as optim
 def test_layout_is_pytorchs(case: Case, index: int, torch: Any) -> None:
     ours = build(case, index)
     tensors = [torch.nn.Parameter(torch.from_numpy(v.copy())) for v in case.fit(values())]
-    theirs = getattr(torch.optim, case.torch)(
+    theirs = case.reference(torch)(
         [{"params": tensors[:2]}, {"params": tensors[2:], "lr": 0.02}], **case.theirs(case.variants()[index])
     )
     for step in range(3):

@@ -76,7 +76,7 @@ def test_a_name_that_is_not_there(name: str, hint: str) -> None:
 
 @every_case
 def test_signature_is_pytorchs(torch: Any, case: Case) -> None:
-    theirs = arguments(getattr(torch.optim, case.torch))
+    theirs = arguments(case.reference(torch))
     ours = arguments(case.optimizer)
     assert ours[: len(theirs)] == theirs
     assert {name for name, _, _ in ours[len(theirs) :]} == set(case.beyond)

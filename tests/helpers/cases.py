@@ -52,7 +52,7 @@ class Case:
     Attributes:
       optimizer: the class.
       factory: its functional face.
-      torch: the name of the class in ``torch.optim``.
+      torch: the name of the class in ``torch.optim``, or the one that it would have there.
       base: options that every test uses; the parameters move visibly under them.
       full: further options, under which the algorithm keeps every array it can keep.
       grid: for each option of the flag combinations its values.
@@ -78,6 +78,7 @@ class Case:
       difference: half that of two learning rates, for a derivative; where state is float32, it must be larger.
       descent: the way to an optimum.
       takes_loss: whether it takes a loss function in place of gradients.
+      stand_in: for an algorithm that PyTorch lacks: given PyTorch, the class that it is compared with.
     """
 
     optimizer: type[optim.Optimizer]
@@ -107,6 +108,11 @@ class Case:
     difference: float = 1e-6
     descent: Descent = field(default_factory=Descent)
     takes_loss: bool = False
+    stand_in: Callable[[Any], Any] | None = None
+
+    def reference(self, torch: Any) -> Any:
+        """PyTorch's class."""
+        return getattr(torch.optim, self.torch) if self.stand_in is None else self.stand_in(torch)
 
     def combinations(self) -> Iterator[dict[str, Any]]:
         """The full product of the grid, less what PyTorch refuses."""

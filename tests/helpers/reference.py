@@ -89,7 +89,7 @@ def _normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.
 def pytorch(torch: Any, case: Case, options: Mapping[str, Any], params: Arrays, grads: Gradients) -> Result:
     """The run in PyTorch, by its plain implementation, one tensor at a time."""
     tensors = [torch.nn.Parameter(torch.from_numpy(p.copy())) for p in params]
-    cls = getattr(torch.optim, case.torch)
+    cls = case.reference(torch)
     plain = {"foreach": False} if "foreach" in inspect.signature(cls).parameters else {}
     optimizer = cls(tensors, **plain, **case.theirs(options))
     for step in grads:

@@ -47,7 +47,7 @@ def test_state_survives_a_freeze_as_in_pytorch(case: Case, form: Callable[..., N
     boxes = [optim.Parameter(value) for value in VALUES]
     tensors = [torch.nn.Parameter(torch.tensor(value)) for value in VALUES]
     ours = case.optimizer(boxes, **case.ours(options))
-    theirs = getattr(torch.optim, case.torch)(tensors, **case.theirs(options))
+    theirs = case.reference(torch)(tensors, **case.theirs(options))
     for step in range(9):
         frozen = step in (0, 1, 4, 5)  # from the start, and in the middle
         boxes[1].requires_grad = not frozen

@@ -129,7 +129,7 @@ def test_state_is_named_as_in_pytorch(torch: Any, case: Case, options: dict[str,
     tensors = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
     for tensor in tensors:
         tensor.grad = case.torch_gradient(torch, torch.ones_like(tensor))
-    reference = getattr(torch.optim, case.torch)(tensors, **case.theirs(options))
+    reference = case.reference(torch)(tensors, **case.theirs(options))
     reference.step()
     _, state = run_functional(case, options, [jnp.ones(shape) for shape in shapes], steps=1)
     optimizer = run_facade(case, options, [jnp.ones(shape) for shape in shapes], steps=1)

@@ -194,7 +194,7 @@ def test_pytorch_with_double_precision_as_its_default(torch: Any, x64: None) -> 
             continue
         options = {**case.base, **case.full}
         tensor = torch.nn.Parameter(torch.full((3,), 0.7))
-        reference = getattr(torch.optim, case.torch)([tensor], **options)
+        reference = case.reference(torch)([tensor], **options)
         params = jnp.full(3, 0.7)
         algorithm = case.factory(**options)
         state, update = algorithm.init(params), jax.jit(algorithm.update)

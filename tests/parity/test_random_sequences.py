@@ -132,7 +132,7 @@ class Sequence(RuleBasedStateMachine):
         groups, rest = [], iter(self.tensors)
         for count, options in self.added:
             groups.append({"params": [next(rest) for _ in range(count)]} | options)
-        cls = getattr(self.torch.optim, self.case.torch)
+        cls = self.case.reference(self.torch)
         plain_loop = {"foreach": False} if "foreach" in self.case.ignored else {}
         return cls(groups, **plain_loop, **self.case.theirs(self.options))
 

@@ -132,7 +132,7 @@ def test_a_sparse_gradient_where_a_dense_one_is_wanted(torch: Any) -> None:
         theirs = ""
         try:
             with torch.sparse.check_sparse_tensor_invariants():
-                getattr(torch.optim, case.torch)([tensor]).step()
+                case.reference(torch)([tensor]).step()
         except RuntimeError as error:
             theirs = str(error).replace("Adam does", f"{case} does") if case.torch == "AdamW" else str(error)
         wanted = f"{case} does not support sparse gradients, please consider SparseAdam instead"
