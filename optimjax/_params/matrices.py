@@ -40,14 +40,14 @@ def muon_groups(
     layer                                        its matrix                      ``matrix_axes``
     ===========================================  ==============================  =====================================
     ``Linear``                                   (in, out)                       ``((-1,), (-2,))``
-    ``LinearGeneral``                            (\*batch, \*in, \*out)       all of out, all of in
+    ``LinearGeneral``                            (\*batch, \*in, \*out)          all of out, all of in
     ``MultiHeadAttention``: query, key, value    (in, heads, head)               ``((-2, -1), (-3,))``
     ``MultiHeadAttention``: out                  (heads, head, out)              ``((-1,), (-3, -2))``
     ``Einsum``                                   as ``einsum_str`` says          letters of the output that are not the
                                                                                  input's; letters that are summed over
-    ``Conv``                                     (\*window, in, out)            ``((-1,), (..., -2))``
-    ``ConvTranspose``                            (\*window, in, out)            ``((..., -1), (-2,))``
-    the same, ``transpose_kernel=True``          (\*window, out, in)            ``((..., -2), (-1,))``
+    ``Conv``                                     (\*window, in, out)             ``((-1,), (..., -2))``
+    ``ConvTranspose``                            (\*window, in, out)             ``((..., -1), (-2,))``
+    the same, ``transpose_kernel=True``          (\*window, out, in)             ``((..., -2), (-1,))``
     ``LoRA``, ``LoRALinear``: each factor        (in, rank) and (rank, out)      ``((-1,), (-2,))``
     ``LSTMCell``, ``SimpleCell``: each kernel    (in, out)                       ``((-1,), (-2,))``
     ===========================================  ==============================  =====================================
@@ -56,10 +56,10 @@ def muon_groups(
     and the axes along which ``nnx.vmap`` or ``nnx.scan`` stacks layers. These axes are looked for in front first.
 
     Everything else forms the last group: embeddings, norms, biases, arrays without elements, and parameters of layers
-    of your own. So do the kernels that keep several matrices along one axis, which ``matrix_axes`` cannot divide: those
-    of ``OptimizedLSTMCell`` and ``GRUCell``, and of a ``Conv`` with a ``feature_group_count`` other than 1. A parameter
-    that several layers hold is a matrix only if all of them ask for the same axes, so one that is tied to an embedding
-    is not.
+    of your own. Kernels that keep several matrices along one axis are there as well, because ``matrix_axes`` cannot
+    divide an axis: those of ``OptimizedLSTMCell`` and ``GRUCell``, and of a ``Conv`` with a ``feature_group_count``
+    other than 1. A parameter that several layers hold is a matrix only if all of them ask for the same axes, so one
+    that is tied to an embedding is not.
 
     The head and the routers of experts are ``Linear`` layers, too: name them in ``exclude``.
 
