@@ -293,7 +293,7 @@ def test_subclasses_count_as_their_base_by_its_kernel_alone() -> None:
         (nnx.Einsum("td,d->td", (3,), kernel_init=nnx.initializers.ones, rngs=RNGS), "kernel"),
         (nnx.Einsum("td,ed->ted", (2, 3), rngs=RNGS), "kernel"),
         (nnx.Einsum("td,td->t", (2, 3), rngs=RNGS), "kernel"),
-        (nnx.Einsum("tdc,dd->tc", (3, 3), rngs=RNGS), "kernel"),
+        (nnx.Einsum("td,ddf->tf", (3, 3, 4), rngs=RNGS), "kernel"),
         (nnx.Einsum("...d,...df->...f", (2, 3, 4), rngs=RNGS), "kernel"),
         (nnx.Conv(4, 4, 3, feature_group_count=4, rngs=RNGS), "kernel"),
         (nnx.Linear(0, 4, rngs=RNGS, kernel_init=lambda key, shape, dtype: jnp.zeros(shape, dtype)), "kernel"),
@@ -305,6 +305,13 @@ def test_subclasses_count_as_their_base_by_its_kernel_alone() -> None:
 )
 def test_what_is_not_a_matrix(layer: Any, name: str) -> None:
     assert axes_in(layer, name) is None
+
+
+def test_an_einsum_whose_letters_come_with_each_call_is_not_a_matrix() -> None:
+    layer = nnx.Einsum("td,df->tf", (3, 4), rngs=nnx.Rngs(0))
+    assert axes_in(layer) == LINEAR
+    layer.einsum_str = None
+    assert axes_in(layer) is None
 
 
 @pytest.mark.parametrize("kind", [nnx.LSTMCell, nnx.SimpleCell])
@@ -340,9 +347,12 @@ def test_a_kernel_in_two_layers_of_one_kind_is_a_matrix_once() -> None:
     turned.kernel = first.kernel
     assert shown(optim.muon_groups([first, turned, other])).keys() == {LINEAR, None}
     assert shown(optim.muon_groups([first, turned, other]))[LINEAR] == ["2.kernel"]
-    held = Own(layers=[first, other], again=[first.kernel], and_again={"k": other.kernel}, last=second.kernel)
-    with pytest.raises(ValueError, match="no matrices"):
-        optim.muon_groups(held)
+
+
+@pytest.mark.parametrize("hold", [lambda kernel: kernel, lambda kernel: [kernel], lambda kernel: {"k": kernel}])
+def test_a_kernel_that_a_module_holds_for_a_use_of_its_own_is_not_a_matrix(hold: Any) -> None:
+    first, second = (nnx.Linear(4, 4, rngs=nnx.Rngs(seed)) for seed in range(2))
+    assert shown(optim.muon_groups(Own(a=first, b=second, own=hold(first.kernel))))[LINEAR] == ["b.kernel"]
 
 
 def test_a_replaced_kernel_of_other_sizes_keeps_its_axes() -> None:
@@ -518,7 +528,7 @@ def test_errors(model: Any, arguments: Any, error: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "axes", [True, (0, 1), ((0,),), ((0,), (1,), (2,)), ((0,), (0,)), ((0,), (-2,)), ((0,), (2,)), ((0,), ("1",)), "ab"]
+    "axes", [True, (0, 1), ((0,),), ((0,), (1,), (2,)), ((0,), (0,)), ((0,), (-2,)), ((0,), (3,)), ((0,), ("1",)), "ab"]
 )
 def test_matrices_returns_pairs_of_axes(axes: Any) -> None:
     with pytest.raises(ValueError, match=rf"pair of tuples .* got {re.escape(repr(axes))} for 'w' of shape \(2, 3\)"):
