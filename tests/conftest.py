@@ -46,21 +46,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     thorough = config.getoption("--thorough")
     config.addinivalue_line("markers", "thorough: one more of a kind that the short form has, run by --thorough")
-    # By the environment, so that processes started by tests have it, too.
     if not hasattr(config, "workerinput"):  # the process that starts the workers, which share what one has compiled
         folder = tempfile.TemporaryDirectory(prefix="optimjax_tests_")
         config.add_cleanup(folder.cleanup)
-        os.environ |= {
-            "JAX_COMPILATION_CACHE_DIR": folder.name,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
+        for name, value in (
+            ("jax_compilation_cache_dir", folder.name),
+            ("jax_persistent_cache_min_compile_time_secs", 0),
+            ("jax_persistent_cache_min_entry_size_bytes", -1),
+        ):
+            jax.config.update(name, value)
+            os.environ[name.upper()] = str(value)  # for workers, and for processes that tests start
         if not thorough:
             flags = (f"--{name}={value}" for name, value in QUICK.items())
             os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
-    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if not config.getoption("--hypothesis-profile"):
         settings.load_profile("more" if thorough else "few")
 

@@ -37,6 +37,9 @@ FIRST = {
     "_params": ("facade",),
     "_engine": ("facade",),
     "swa_utils": ("facade",),
+    "demo": ("docs",),
+    "plot": ("docs",),
+    "__main__": ("docs",),
 }
 
 OPERATORS: dict[type[ast.operator], type[ast.operator]] = {

@@ -50,3 +50,14 @@ def test_swalr_resumes_and_refuses() -> None:
         with pytest.raises(ValueError, match=r"anneal_|swa_lr"):
             swa_utils.SWALR(whole, **{"swa_lr": 0.2, **wrong})
         assert whole.param_groups[0] == before
+
+
+def test_a_group_added_later_gets_the_rate_of_the_others() -> None:
+    optimizer = optim.SGD([jnp.ones(2)], lr=0.4)
+    scheduler = swa_utils.SWALR(optimizer, 0.1, anneal_epochs=2)
+    optimizer.add_param_group({"params": [jnp.ones(3)], "lr": 0.8})
+    for _ in range(4):
+        optimizer.step([[jnp.ones(2)], [jnp.ones(3)]])
+        scheduler.step()
+    assert [group["swa_lr"] for group in optimizer.param_groups] == [0.1, 0.1]
+    assert scheduler.get_last_lr() == [0.1, 0.1]

@@ -99,3 +99,15 @@ def test_a_group_edited_to_axes_that_do_not_fit() -> None:
     optimizer.param_groups[0]["matrix_axes"] = ((1,), (0,))
     optimizer.step(PARAMS)
     assert not np.array_equal(optimizer.params["layers"][0]["kernel"], before[0]["layers"][0]["kernel"])
+
+
+def test_loaded_axes_that_do_not_fit_change_nothing() -> None:
+    optimizer = optim.Muon(PARAMS)
+    optimizer.step(PARAMS)
+    before = optimizer.state_dict()
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["matrix_axes"] = ((2,), (0,))
+    with pytest.raises(ValueError, match=r"got \(\(2,\), \(0,\)\) for shape \(2, 3\)"):
+        optimizer.load_state_dict(saved)
+    chex.assert_trees_all_equal(optimizer.state_dict()["state"], before["state"])
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]

@@ -1,6 +1,7 @@
 """Schedules have the values of the stepped schedulers, for numbers, arrays and tracers, in both faces."""
 
 import functools
+import inspect
 import math
 from typing import Any
 
@@ -405,3 +406,12 @@ def test_every_scheduler_has_its_schedule() -> None:
     assert set(NAMES.values()) | others == set(schedules.__all__)
     classes = {name for name, _ in CASES.values()} - {"SequentialLR", "ChainedScheduler", "ReduceLROnPlateau"}
     assert set(NAMES) == classes
+
+
+@pytest.mark.parametrize(("scheduler", "schedule"), [*NAMES.items(), ("ReduceLROnPlateau", "reduce_on_plateau")])
+def test_arguments_have_the_defaults_of_the_class(scheduler: str, schedule: str) -> None:
+    """Those that are not the class's own: the value takes the place of the optimizer and its rates."""
+    ours = inspect.signature(getattr(schedules, schedule)).parameters
+    theirs = inspect.signature(getattr(optim.lr_scheduler, scheduler)).parameters
+    shared = [name for name in ours if name != "value"]
+    assert {name: ours[name].default for name in shared} == {name: theirs[name].default for name in shared}
