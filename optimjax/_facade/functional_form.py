@@ -11,7 +11,7 @@ from jax.core import Tracer
 from optimjax._core.algorithm import Algorithm
 from optimjax._core.containers import as_array, not_deleted
 from optimjax._core.definition import Definition
-from optimjax._core.hyperparameters import Ignored
+from optimjax._core.hyperparameters import Ignored, Numeric
 from optimjax._core.reading import read_slot
 from optimjax._core.tree import dotted
 from optimjax._engine.state import ParameterState
@@ -34,9 +34,11 @@ def hyperparameters(definition: Definition, groups: Groups, handed: Handed) -> d
         given = [group[name] for group in groups]
         if isinstance(kind, Ignored) or all(_equal(value, given[0]) for value in given[1:]):
             values[name] = given[0]
-        elif name in definition.hyperparameters.numeric:
+        elif isinstance(kind, Numeric) and not any(map(kind.is_fixed, given)):
             by_parameter = {parameter: group[name] for group in groups for parameter in group["params"]}
-            values[name] = handed.arranged(by_parameter)
+            tree = handed.arranged(by_parameter)
+            # A list of tuples of numbers may look like a table that is one value; arrays in place of them do not.
+            values[name] = jax.tree.map(np.asarray, tree) if kind.is_fixed(tree) else tree
         else:
             raise ValueError(f"the functional form has one {name!r} for all parameters, the groups have {given}")
     return values

@@ -564,13 +564,15 @@ MUON = Case(
         "adjust_lr_fn": "match_rms_adamw",
         "ns_dtype": "bfloat16",
         "matrix_axes": ((1,), (0,)),
+        "blocks": 1,
+        "gram": True,
     },
     needs={"momentum": {"eps": 10.0}, "nesterov": {"eps": 10.0}},  # of a longer column the length has no effect
     temporary=math.inf,  # the products; see test_muon.py
     rate_message="Learning rate should be >= 0 but is: {}",
     complex_message="Muon does not support complex parameters",
     matrices=True,
-    beyond=("ns_dtype", "matrix_axes"),
+    beyond=("ns_dtype", "matrix_axes", "blocks", "gram"),
     descent=Descent(0.05, 1e-7, options={"weight_decay": 0}),
 )
 
