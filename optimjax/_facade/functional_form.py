@@ -36,12 +36,16 @@ def hyperparameters(definition: Definition, groups: Groups, handed: Handed) -> d
             values[name] = given[0]
         elif isinstance(kind, Numeric) and not any(map(kind.is_fixed, given)):
             by_parameter = {parameter: group[name] for group in groups for parameter in group["params"]}
-            tree = handed.arranged(by_parameter)
-            # A list of tuples of numbers may look like a table that is one value; arrays in place of them do not.
-            values[name] = jax.tree.map(np.asarray, tree) if kind.is_fixed(tree) else tree
+            if kind.fixed is not None:  # lists of tuples of numbers may look like a table; with arrays they do not
+                by_parameter = {parameter: jax.tree.map(_as_array, each) for parameter, each in by_parameter.items()}
+            values[name] = handed.arranged(by_parameter)
         else:
             raise ValueError(f"the functional form has one {name!r} for all parameters, the groups have {given}")
     return values
+
+
+def _as_array(value: Any) -> Any:
+    return np.asarray(value) if isinstance(value, (int, float)) else value
 
 
 def _equal(a: Any, b: Any) -> bool:

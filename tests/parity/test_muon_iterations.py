@@ -85,7 +85,7 @@ def test_every_preset_is_tested() -> None:
 def test_presets_are_what_is_printed(name: str) -> None:
     triples, margin, adds = PRINTED[name]
     table = PRESETS[name]
-    np.testing.assert_array_equal(np.round(table.steps(len(triples)), 4), np.round(triples, 4))
+    np.testing.assert_allclose(table.steps(len(triples)), triples, rtol=0, atol=1e-4)
     assert (table.margin, table.adds) == (margin, adds)
 
 
@@ -95,7 +95,6 @@ def test_presets_are_what_is_printed(name: str) -> None:
 @shapes
 def test_presets_in_float64(x64: None, shape: tuple[int, int], name: str, eps: float, gram: bool) -> None:
     grad, target = first_gradient(shape)
-    assert np.linalg.norm(target) > 0.1
     printed, margin, adds = PRINTED[name]
     triples = PRESETS[name].steps(len(printed))
     ours = direction(grad, ns_coefficients=name, ns_steps=len(printed), eps=eps, gram=gram)
@@ -142,8 +141,8 @@ def test_a_factor_of_the_norm_may_be_in_the_first_triple(x64: None) -> None:
     (a, b, c), *others = PRESETS["polar_express"].steps(5)
     sequence = [(a / 1.01, b / 1.01**3, c / 1.01**5), *others]
     grad = normal(4, 6)
-    ours = direction(grad, ns_coefficients=sequence)
-    np.testing.assert_allclose(ours, direction(grad, ns_coefficients="polar_express"), rtol=1e-5)
+    ours = direction(grad, ns_coefficients=sequence, eps=0)
+    np.testing.assert_allclose(ours, direction(grad, ns_coefficients="polar_express", eps=0), rtol=1e-11)
 
 
 @every_preset
@@ -154,6 +153,24 @@ def test_presets_bring_singular_values_near_one_in_bfloat16(name: str) -> None:
         values = np.linalg.svd(np.asarray(ours, float) / np.sqrt(max(1, shape[0] / shape[1])), compute_uv=False)
         assert values[:-1].min() > 0.6
         assert values.max() < 1.3
+
+
+def test_each_polynomial_of_polar_express_is_the_best_one() -> None:
+    """Its error alternates, so that no other one is nearer to 1 at all of the singular values that may be left.
+
+    They are from 1e-3 to 1 at first. For rounding, the paper asks for less where they are below 0.024 of the largest.
+    """
+    smallest, largest = 1e-3, 1.0
+    for a, b, c in PRESETS["polar_express"].triples[:-1]:
+        a, b, c = 1.01 * a, 1.01**3 * b, 1.01**5 * c
+        p = np.polynomial.Polynomial([0, a, 0, b, 0, c])
+        inner = np.sort([root.real for root in p.deriv().roots() if root.real > 0])
+        low, high = p(np.array([max(smallest, 0.0240733 * largest), inner[1]])), p(np.array([inner[0], largest]))
+        np.testing.assert_allclose(low[0], low[1], rtol=1e-4)
+        np.testing.assert_allclose(high[0], high[1], rtol=1e-10)
+        smallest = p(smallest)
+        np.testing.assert_allclose(smallest + high[1], 2, rtol=1e-10)  # the errors at both ends are the same
+        largest = high[1]
 
 
 # --- What is compiled in --------------------------------------------------------------------------------------------
@@ -265,8 +282,9 @@ def test_a_tree_of_numbers_is_still_one() -> None:
 
 
 def size_of_the_error(matrix: np.ndarray, dtype: str, **options: Any) -> float:
-    truth = direction(matrix, **options, ns_dtype="float64")
-    ours = direction(jnp.asarray(matrix, "float32"), **options, ns_dtype=dtype)
+    matrix = matrix.astype(np.float32)
+    truth = direction(matrix.astype(np.float64), **{**options, "gram": False}, ns_dtype="float64")
+    ours = direction(matrix, **options, ns_dtype=dtype)
     return float(np.linalg.norm(np.asarray(ours, float) - truth) / np.linalg.norm(truth))
 
 
@@ -288,7 +306,7 @@ def test_gram_loses_no_more_than_the_plain_iteration(
     matrix = spectrum(kind, 32, 128)
     options = {"ns_coefficients": name, "ns_steps": steps}
     plain = size_of_the_error(matrix, dtype, **options)
-    assert size_of_the_error(matrix, dtype, gram=True, **options) <= max(least, 2 * plain)
+    assert size_of_the_error(matrix, dtype, gram=True, **options) <= max(least, 4 * plain)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 8])

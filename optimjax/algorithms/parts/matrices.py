@@ -137,9 +137,7 @@ def _heights(rows: int, blocks: int | tuple[int, ...] | None, shape: tuple[int, 
         return (rows // blocks,) * blocks
     if sum(blocks) != rows:
         total = " + ".join(map(str, blocks))
-        raise ValueError(
-            f"blocks={blocks} must be all rows, but {total} is {sum(blocks)}, not {rows}, for shape {shape}"
-        )
+        raise ValueError(f"blocks={blocks} must be all rows: {total} is {sum(blocks)}, not {rows}, for shape {shape}")
     return blocks
 
 

@@ -223,7 +223,7 @@ def _two_steps(x: Array, first: Triple, second: Triple) -> Array:
     z = plus(b, r, c * product(r, r))  # without the multiple of the identity, which would cost digits
     rz = plus(a, r, product(r, z))
     r = plus(a, rz, product(z, rz))
-    q = plus(1, z, a * jnp.eye(x.shape[-2], dtype=wide))
+    q = plus(1, z, a * jnp.broadcast_to(jnp.eye(x.shape[-2], dtype=wide), z.shape))
     z = plus(b2, r, c2 * product(r, r))
     q = plus(a2, q, product(q, z))
     return product(q, x).astype(dtype)
