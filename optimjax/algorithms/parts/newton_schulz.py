@@ -205,9 +205,10 @@ def _two_steps(x: Array, first: Triple, second: Triple) -> Array:
     :math:`P R P` of :math:`R`: the second one needs small square products only. In floating point errors grow where
     this goes on, because :math:`R` does not stay the product of a matrix with itself. Zhang, Amsel, Chen, Dao, "Gram
     Newton-Schulz", 2026 (Dao-AILab/gram-newton-schulz, gram_newton_schulz.py), begin again with :math:`X X^\top` after
-    the second of five steps. Here that is done after every second step: in bfloat16 the error of five steps on matrices
-    of singular values from 1e-4 to 1 is then that of the plain iteration (0.14 of the norm, with "polar_express"),
-    while with one new beginning it is 0.43, and more steps than seven can end in NaN.
+    the second of five steps. Here that is done after every second step. In bfloat16 five steps of "polar_express" on a
+    64×256 matrix of singular values from 1e-4 to 1 are then off by 0.14 of the norm, as the plain iteration is (0.16);
+    with one new beginning it is 0.43, without one 6e5, and eight steps with a new beginning after the second, or after
+    every third, leave numbers of 1e10 or NaN.
     """
     dtype = x.dtype
     wide = at_least_float32(dtype)
@@ -243,5 +244,10 @@ def _of_step(coefficients: Triple | Table, steps: int, dtype: Any) -> Callable[[
     if not isinstance(coefficients, Table):
         a, b, c = (jnp.asarray(number, dtype) for number in coefficients)
         return lambda step: (a, b, c)
-    rows = jnp.asarray(coefficients.steps(max(1, steps)), dtype)
-    return lambda step: tuple(jnp.unstack(jax.lax.dynamic_index_in_dim(rows, step, keepdims=False)))
+    columns = jnp.asarray(coefficients.steps(max(1, steps)), dtype).T
+
+    def of_step(step: Any) -> Triple:
+        a, b, c = jax.lax.dynamic_index_in_dim(columns, step, axis=1, keepdims=False)
+        return a, b, c
+
+    return of_step
