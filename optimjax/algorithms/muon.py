@@ -111,7 +111,7 @@ class Scalars(NamedTuple):
     lr: Any
     momentum: Any
     one_minus_momentum: Any
-    a: Any
+    a: Any  # these three are zeros where a table is compiled in
     b: Any
     c: Any
     eps: Any
