@@ -194,9 +194,7 @@ class Algorithm:
 
     def _flags(self, values: Mapping[str, Any], columns: Mapping[str, list[Any]]) -> Any:
         """The flags for values of which the columns are known."""
-        return self.hyperparameters.fixed_flags(
-            {**values, **{name: column for name, column in columns.items() if column}}
-        )
+        return self.hyperparameters.fixed_flags(values, columns)
 
     def _own_flags(self, params: Any) -> Any:
         """The flags without overrides."""
@@ -313,6 +311,8 @@ def _check(hyperparameters: Hyperparameters, key: str, value: Any) -> None:
         one = lambda x: kind.may_be_value(x) or (x is None and value is None)  # noqa: E731
         for leaf in jax.tree.leaves(value, is_leaf=one):
             kind.check(key, leaf)
+            if leaf is not value and kind.is_fixed(leaf):
+                raise ValueError(f"{key}={leaf!r} is compiled in: it must be one for all parameters, got {value!r}")
     elif kind is not None:
         kind.check(key, value)
 

@@ -11,7 +11,7 @@ from jax.core import Tracer
 from optimjax._core.algorithm import Algorithm, function_name
 from optimjax._core.containers import as_array, not_deleted
 from optimjax._core.definition import Definition, of_group
-from optimjax._core.hyperparameters import Ignored
+from optimjax._core.hyperparameters import Ignored, Numeric
 from optimjax._core.partition import Partition, partition
 from optimjax._core.reading import read_slot
 from optimjax._core.tree import copied_array, dotted
@@ -88,12 +88,18 @@ def hyperparameters(definition: Definition, groups: Groups, handed: Handed) -> d
         given = [group[name] for group in groups]
         if isinstance(kind, Ignored) or all(_equal(value, given[0]) for value in given[1:]):
             values[name] = given[0]
-        elif name in definition.hyperparameters.numeric:
+        elif isinstance(kind, Numeric) and not any(map(kind.is_fixed, given)):
             by_parameter = {parameter: group[name] for group in groups for parameter in group["params"]}
+            if kind.fixed is not None:  # lists of tuples of numbers may look like a table; with arrays they do not
+                by_parameter = {parameter: jax.tree.map(_as_array, each) for parameter, each in by_parameter.items()}
             values[name] = handed.arranged(by_parameter)
         else:
             raise ValueError(f"the functional form has one {name!r} for all parameters, the groups have {given}")
     return values
+
+
+def _as_array(value: Any) -> Any:
+    return np.asarray(value) if isinstance(value, (int, float)) else value
 
 
 def _equal(a: Any, b: Any) -> bool:
