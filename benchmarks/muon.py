@@ -1,12 +1,9 @@
-"""Measure what Muon's ways of multiplying bring: matrices of one shape together, and the Gram iteration.
+"""Time Muon, and Muon with AdamW for the rest, alongside optax: `python benchmarks/muon.py [--layers N] [--rounds N]`.
 
-`python benchmarks/muon.py` prints, for some counts and sizes of square matrices, medians over interleaved steps in
-milliseconds of processor time (the sum over all cores, which other work on the machine disturbs less than wall time);
-in brackets the seconds that compiling took, and the temporary memory as a share of the parameters. Matrices are
-orthogonalised one by one, up to 2^20 elements together, as :mod:`optimjax.algorithms.parts.matrices` does, or all
-together. A second table has the same times for matrices of other shapes with and without `gram`, the products that it
-needs as a share of those without it, and the errors of both: the distance from the same iteration in float64, as a
-share of the norm, for a normal matrix and for one with singular values from 1e-4 to 1.
+The parameters have the shapes of GPT-2 small: in each layer four matrices, from 768×768 to 768×3072; the mixed step
+also has its embeddings, norms and biases. Each contender is compiled by itself in a cleared cache; then they take
+turns, and the figures are medians of the ratios of one turn. "float32" computes what optax computes; "bfloat16" is the
+default, which is PyTorch's. "first" is the first call: making the state, tracing, lowering, compiling and one step.
 """
 
 import argparse
@@ -18,113 +15,167 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+import optimjax as optim
 from optimjax import functional as F
-from optimjax.algorithms.parts import matrices, newton_schulz
 
-TOGETHER = {"one by one": 1, "2^20 elements": matrices.ELEMENTS, "all": 2**62}
-Run = Callable[[], Any]
+KERNELS = ((-1,), (-2,))  # of shape (in, out), as optax takes them to be
+Tree = dict[str, Any]
 
 
-def functional(together: int, ns_dtype: str, arrays: list[Any], **options: Any) -> tuple[Run, float, float]:
-    """A jitted pure update, the seconds of its compilation, and its temporary memory as a share of the parameters."""
+def shapes(layers: int, width: int) -> dict[str, tuple[int, ...]]:
+    """By name, as dotted names are with layers in a list."""
+    n = width
+    block = {
+        "ln_1.scale": (n,),
+        "ln_1.bias": (n,),
+        "qkv.kernel": (n, 3 * n),
+        "qkv.bias": (3 * n,),
+        "out.kernel": (n, n),
+        "out.bias": (n,),
+        "ln_2.scale": (n,),
+        "ln_2.bias": (n,),
+        "up.kernel": (n, 4 * n),
+        "up.bias": (4 * n,),
+        "down.kernel": (4 * n, n),
+        "down.bias": (n,),
+    }
+    found = {"wte": (50257, n), "wpe": (1024, n)}
+    for layer in range(layers):
+        found |= {f"{layer}.{name}": shape for name, shape in block.items()}
+    return found | {"ln_f.scale": (n,), "ln_f.bias": (n,)}
+
+
+def is_matrix(name: str) -> bool:
+    return name.endswith("kernel")
+
+
+class Contender:
+    """A step to be timed: `run()` returns what to wait for."""
+
+    def __init__(self, name: str, run: Callable[[], Any], compile_seconds: float = float("nan")):
+        self.name = name
+        self.run = run
+        self.compile_seconds = compile_seconds
+        self.times: list[float] = []
+        jax.clear_caches()
+        self.first = self.call()
+
+    def call(self) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(self.run())
+        return time.perf_counter() - start
+
+
+def pure(name: str, init: Callable[..., Any], update: Callable[..., Any], params: Tree, grads: Tree) -> Contender:
+    """A jitted pure update, whose state is donated."""
+    compiled = jax.jit(lambda params, grads, state: update(params, grads, state)[::-1], donate_argnums=2)
+    held: dict[str, Any] = {"params": params}
     jax.clear_caches()
-    matrices.ELEMENTS = together
-    algorithm = F.muon(ns_dtype=ns_dtype, **options)
-    state = algorithm.init(arrays)
+    abstract = jax.eval_shape(init, params)
     start = time.perf_counter()
-    update = jax.jit(algorithm.update).lower(arrays, arrays, state).compile()
+    compiled.lower(params, grads, abstract).compile()
     seconds = time.perf_counter() - start
-    analysis: Any = update.memory_analysis()
-    share = analysis.temp_size_in_bytes / sum(array.nbytes for array in arrays)
-    return lambda: jax.block_until_ready(update(arrays, arrays, state)), seconds, share
+
+    def run() -> Any:
+        if "state" not in held:
+            held["state"] = init(params)
+        held["state"], held["params"] = compiled(held["params"], grads, held["state"])
+        return held["params"]
+
+    return Contender(name, run, seconds)
 
 
-def measure(count: int, size: int, ns_dtype: str, rounds: int) -> list[str]:
-    """The cells of a row."""
-    rng = np.random.default_rng(0)
-    arrays = [jnp.asarray(rng.normal(size=(size, size)).astype(np.float32)) for _ in range(count)]
-    made = {name: functional(together, ns_dtype, arrays) for name, together in TOGETHER.items()}
-    times = medians({name: run for name, (run, _, _) in made.items()}, rounds)
-    return [f"{times[n]:.3g} ({s:.2f} s, {share:.2f})" for n, (_, s, share) in made.items()]
+def of_optax(name: str, tx: optax.GradientTransformation, params: Tree, grads: Tree) -> Contender:
+    def update(params: Any, grads: Any, state: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return pure(name, tx.init, update, params, grads)
 
 
-def medians(runs: dict[str, Run], rounds: int) -> dict[str, float]:
-    """Milliseconds of processor time of each, over interleaved rounds of which two are not counted."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for step in range(-2, rounds):
-        for name, run in runs.items():
-            start = time.process_time()
-            run()
-            if step >= 0:
-                times[name].append(time.process_time() - start)
-    return {name: 1e3 * statistics.median(each) for name, each in times.items()}
+def facade(name: str, make: Callable[[], optim.Optimizer], grads: Tree) -> Contender:
+    held: list[optim.Optimizer] = []
+
+    def run() -> Any:
+        if not held:
+            held.append(make())
+        held[0].step(grads)
+        return held[0].params
+
+    return Contender(name, run)
 
 
-def measure_gram(rows: int, columns: int, ns_dtype: str, rounds: int) -> list[str]:
-    """The cells of a row of the second table."""
-    array = jnp.asarray(spectrum("normal", rows, columns))
-    made = {gram: functional(matrices.ELEMENTS, ns_dtype, [array], gram=gram)[0] for gram in (False, True)}
-    times = medians({str(gram): run for gram, run in made.items()}, rounds)
-    plain = 5 * (2 * rows**2 * columns + rows**3)
-    products = (6 * rows**2 * columns + 11 * rows**3) / plain if columns > 1.5 * rows else 1
-    errors = [
-        " / ".join(f"{error(kind, rows, columns, ns_dtype, name, gram):.2g}" for gram in (False, True))
-        for name in ("standard", "polar_express")
-        for kind in ("normal", "graded")
-    ]
-    plain, gram = times["False"], times["True"]
-    return [f"{plain:.3g}", f"{gram:.3g}", f"{gram / plain:.2f}", f"{products:.2f}", *errors]
+def of_muon(params: Tree, grads: Tree) -> list[Contender]:
+    """The matrices alone; optax first."""
+    tx = optax.contrib.muon(0.02, weight_decay=0.1)
+    options: dict[str, Any] = {"lr": 0.02, "matrix_axes": KERNELS}
+    rows = [of_optax("optax.contrib.muon", tx, params, grads)]
+    for dtype in ("float32", "bfloat16"):
+        for gram in (False, True):
+            rule = F.muon(**options, ns_dtype=dtype, gram=gram)
+            rows.append(pure(f"F.muon, {dtype}{', gram' * gram}", rule.init, rule.update, params, grads))
+    for dtype in ("float32", "bfloat16"):
+        rows.append(facade(f"optim.Muon, {dtype}", lambda d=dtype: optim.Muon(params, **options, ns_dtype=d), grads))
+    return rows
 
 
-def spectrum(kind: str, rows: int, columns: int) -> np.ndarray:
-    """A normal matrix, or one with singular values from 1e-4 to 1."""
-    rng = np.random.default_rng(0)
-    normal = rng.normal(size=(rows, columns))
-    if kind == "graded":
-        u, _, vt = np.linalg.svd(normal, full_matrices=False)
-        normal = (u * np.geomspace(1e-4, 1, rows)) @ vt
-    return normal.astype(np.float32)
+def of_mixed(params: Tree, grads: Tree) -> list[Contender]:
+    """Muon for the matrices, AdamW for the rest; optax first."""
+    labels = {name: "muon" if is_matrix(name) else "adamw" for name in params}
+    tx = optax.partition(
+        {"muon": optax.contrib.muon(0.02, weight_decay=0.1), "adamw": optax.adamw(3e-4, weight_decay=0.01)}, labels
+    )
+    rows = [of_optax("optax.partition", tx, params, grads)]
+    for dtype in ("float32", "bfloat16"):
+        options: dict[str, Any] = {"lr": 0.02, "matrix_axes": KERNELS, "ns_dtype": dtype}
+        both = F.partition({"muon": F.muon(**options), "adamw": F.adamw(3e-4)}, labels)
+        rows.append(pure(f"F.partition, {dtype}", both.init, both.update, params, grads))
+
+        def make(options: dict[str, Any] = options) -> optim.Optimizer:
+            rules = [{"params": "*.kernel", "algorithm": "Muon", **options}]
+            return optim.AdamW(optim.group_parameters(params, rules), lr=3e-4)
+
+        rows.append(facade(f"optim.AdamW with Muon, {dtype}", make, grads))
+    return rows
 
 
-def error(kind: str, rows: int, columns: int, ns_dtype: str, name: str, gram: bool) -> float:
-    """How far the direction is from that of the plain iteration in float64, as a share of the norm."""
-    grad = spectrum(kind, rows, columns)
-    algorithm = F.muon(1.0, 0, ns_dtype=ns_dtype, gram=gram, ns_coefficients=name)
-    ours = algorithm.update(jnp.zeros_like(grad), grad, algorithm.init(grad))[0]
-    u, s, vt = np.linalg.svd(grad.astype(np.float64), full_matrices=False)
-    table = newton_schulz.PRESETS[name]
-    s = s / (table.margin * np.linalg.norm(s))
-    for a, b, c in table.steps(5):
-        s = a * s + b * s**3 + c * s**5
-    truth = -(u * s) @ vt
-    return float(np.linalg.norm(np.asarray(ours, np.float64) - truth) / np.linalg.norm(truth))
+def compare(title: str, rows: list[Contender], rounds: int) -> None:
+    """Print the table of contenders, the first of which the others are compared with."""
+    for row in rows:
+        row.call()  # compile again what clearing the caches has dropped
+    for turn in range(rounds):
+        for row in rows[turn % len(rows) :] + rows[: turn % len(rows)]:
+            row.times.append(row.call())
+    reference = rows[0]
+    print(f"\n| {title} | step, s | of optax | compile, s | of optax | first step, s | of optax |")
+    print("| --- " * 7 + "|")
+    for row in rows:
+        ratio = statistics.median(ours / theirs for ours, theirs in zip(row.times, reference.times, strict=True))
+        print(
+            f"| {row.name} | {statistics.median(row.times):.3g} | {ratio:.2f} "
+            f"| {row.compile_seconds:.2f} | {row.compile_seconds / reference.compile_seconds:.2f} "
+            f"| {row.first:.2f} | {row.first / reference.first:.2f} |",
+            flush=True,
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
-    print("| matrices | | " + " | ".join(TOGETHER) + " |\n" + "| --- " * 5 + "|")
-    for count, size in [(64, 32), (64, 64), (24, 256), (16, 512), (4, 1024)]:
-        for ns_dtype in ("bfloat16", "float32"):
-            print(
-                f"| {count} of {size}×{size} | {ns_dtype} | "
-                + " | ".join(measure(count, size, ns_dtype, rounds))
-                + " |"
-            )
-    columns = [
-        "plain",
-        "gram",
-        "time",
-        "products",
-        *(f"{name}, {k}" for name in ("standard", "polar_express") for k in ("normal", "graded")),
-    ]
-    print("\n| matrix | | " + " | ".join(columns) + " |\n" + "| --- " * (2 + len(columns)) + "|")
-    for rows, size in [(256, 256), (256, 384), (256, 512), (256, 1024), (256, 2048), (768, 3072)]:
-        for ns_dtype in ("bfloat16", "float32"):
-            cells = measure_gram(rows, size, ns_dtype, rounds)
-            print(f"| {rows}×{size} | {ns_dtype} | " + " | ".join(cells) + " |", flush=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    print(f"jax {jax.__version__} on {jax.devices()[0]}, optax {optax.__version__}")
+    rng = np.random.default_rng(0)
+    every = shapes(options.layers, options.width)
+    grads = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in every.items()}
+    params = {name: 0.02 * grad for name, grad in grads.items()}
+    title = f"{options.layers} layers of width {options.width}"
+    matrices = [{name: value for name, value in tree.items() if is_matrix(name)} for tree in (params, grads)]
+    compare(f"Muon, {title}", of_muon(*matrices), options.rounds)
+    compare(f"Muon and AdamW, {title}", of_mixed(params, grads), options.rounds)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ __all__ = ["ELEMENTS", "Axes", "Blocks", "Layout", "together"]
 
 T = TypeVar("T")
 
-ELEMENTS = 2**20  # of the arrays that are worked on together; benchmarks/muon.py measures it
+ELEMENTS = 2**20  # of the arrays that are worked on together; benchmarks/muon_iteration.py measures it
 
 
 def _axes(name: str, value: Any) -> None:
