@@ -34,7 +34,8 @@ def muon_groups(
         optimizer = optim.AdamW(optim.muon_groups(model, exclude=["head.*"], lr=0.02), lr=3e-4)
 
     In a ``flax.nnx`` model the type of the layer decides, never the number of axes alone, so the biases of stacked
-    layers, of shape (layers, features), are not taken for matrices. There is one group for each ``matrix_axes``:
+    layers, of shape (layers, features), are not taken for matrices. There is one group for each ``matrix_axes``,
+    and for each ``blocks`` of fused kernels:
 
     ===========================================  ==============================  =====================================
     layer                                        its matrix                      ``matrix_axes``
@@ -45,42 +46,45 @@ def muon_groups(
     ``MultiHeadAttention``: out                  (heads, head, out)              ``((-1,), (-3, -2))``
     ``Einsum``                                   as ``einsum_str`` says          letters of the output that are not the
                                                                                  input's; letters that are summed over
-    ``Conv``                                     (\*window, in, out)             ``((-1,), (..., -2))``
+    ``Conv``, grouped too                        (\*window, in, out)             ``((-1,), (..., -2))``, and ``blocks``
     ``ConvTranspose``                            (\*window, in, out)             ``((..., -1), (-2,))``
     the same, ``transpose_kernel=True``          (\*window, out, in)             ``((..., -2), (-1,))``
     ``LoRA``, ``LoRALinear``: each factor        (in, rank) and (rank, out)      ``((-1,), (-2,))``
     ``LSTMCell``, ``SimpleCell``: each kernel    (in, out)                       ``((-1,), (-2,))``
+    ``OptimizedLSTMCell``: each kernel           (in, 4 gates of out)            the same, with ``blocks=4``
+    ``GRUCell``: each kernel                     (in, 3 gates of out)            the same, with ``blocks=3``
     ===========================================  ==============================  =====================================
 
     Subclasses count as their base. All axes that are not named are a batch of matrices: the experts of an ``Einsum``,
     and the axes along which ``nnx.vmap`` or ``nnx.scan`` stacks layers. These axes are looked for in front first.
 
-    Everything else forms the last group: embeddings, norms, biases, arrays without elements, and parameters of layers
-    of your own. Kernels that keep several matrices along one axis are there as well, because ``matrix_axes`` cannot
-    divide an axis: those of ``OptimizedLSTMCell`` and ``GRUCell``, and of a ``Conv`` with a ``feature_group_count``
-    other than 1. A parameter that several layers hold is a matrix only if all of them ask for the same axes, so one
-    that is tied to an embedding is not.
+    Everything else forms the last group: embeddings, norms, biases, arrays without elements, the windows of depthwise
+    convolutions, and parameters of layers of your own. A parameter that several layers hold is a matrix only if all of
+    them ask for the same axes, so one that is tied to an embedding is not.
 
-    The head and the routers of experts are ``Linear`` layers, too: name them in ``exclude``.
+    The head and the routers of experts are ``Linear`` layers, too: name them in ``exclude``. A ``Linear`` does not say
+    that it is several in one, as for query, key and value: name it in ``blocks``.
 
     Args:
       model: a ``flax.nnx`` module, or modules in lists and dicts; or a pytree (of Linen, Equinox or plain JAX), or
         ``(name, Parameter)`` pairs, for which ``matrices`` decides.
       exclude: which parameters are to be in the last group, too: globs, regular expressions or functions, as in
         :func:`optimjax.group_parameters`.
-      algorithm: the class, or its name, of the matrices' algorithm; it has an option ``matrix_axes``.
+      algorithm: the class, or its name, of the matrices' algorithm; it has an option ``matrix_axes``, and ``blocks`` if
+        there are fused kernels.
       matrices: a function ``(name, value) -> matrix_axes``, or ``None`` for what is not a matrix; see
         :class:`optimjax.Muon`. It is needed where there are no layers to ask.
-      options: other options of ``algorithm``, the same for all matrices.
+      options: other options of ``algorithm``, the same for all matrices. Only ``blocks`` may also be a dict from globs
+        to values, as in ``blocks={"*.qkv.kernel": 3}``; it goes before what the layers say.
 
     Returns:
       Groups, as :func:`optimjax.group_parameters` returns them. A parameter that is frozen by ``requires_grad`` is in
       one of them and stays frozen.
 
     Raises:
-      ValueError: an entry of ``exclude`` matches nothing; the message names near misses. There are no matrices. The
-        sizes of a stacked kernel do not tell which axes are its layer's own. ``matrices`` returns something that is not
-        a pair of tuples of axes.
+      ValueError: an entry of ``exclude`` or ``blocks`` matches nothing; the message names near misses. There are no
+        matrices. The sizes of a stacked kernel do not tell which axes are its layer's own. ``matrices`` returns
+        something that is not a pair of tuples of axes.
       TypeError: ``matrices`` is missing, or is given for a ``flax.nnx`` module; an entry of ``exclude`` or an option of
         another kind.
 
@@ -101,20 +105,36 @@ def muon_groups(
     None ['embed.embedding', 'head.kernel', 'mlp.bias']
     """
     source, named = named_source(model, "model")
+    fused = options.pop("blocks", {})
     for key in ("params", "matrix_axes", "requires_grad"):
         if key in options:
             raise TypeError(f"muon_groups has no option {key!r}, got {options[key]!r}: {_INSTEAD[key]}")
-    axes_of = _axes_of(source, matrices)
-    excluded = _excluded(exclude, named)
-    found: dict[Axes, list[tuple[str, Parameter]]] = {}
+    asked = _asked(source, matrices)
+    excluded = {name for members in _matching("exclude", exclude, named).values() for name in members}
+    blocks_of = _blocks_of(fused, named)
+    found: dict[Matrices, list[tuple[str, Parameter]]] = {}
     rest: list[tuple[str, Parameter]] = []
     for name, parameter in named:
-        axes = None if name in excluded or not parameter.size else axes_of(name, parameter)
-        (rest if axes is None else found.setdefault(axes, [])).append((name, parameter))
+        its = None if name in excluded or not parameter.size else asked(name, parameter)
+        if its is None:
+            rest.append((name, parameter))
+        else:
+            its = its._replace(blocks=blocks_of(name, its.blocks))
+            found.setdefault(its, []).append((name, parameter))
     if not found:
         raise ValueError(_no_matrices(named, excluded, matrices))
-    groups = [{"algorithm": algorithm, **options, "matrix_axes": axes, "params": found[axes]} for axes in found]
+    groups = [{"algorithm": algorithm, **options, **its.options(), "params": found[its]} for its in found]
     return ParameterGroups(groups + [{"params": rest}] * bool(rest), source, [])
+
+
+class Matrices(NamedTuple):
+    """Where the matrices of a parameter are: the options of Muon."""
+
+    axes: Axes
+    blocks: int | tuple[int, ...] | None = None
+
+    def options(self) -> dict[str, Any]:
+        return {"matrix_axes": self.axes} | ({} if self.blocks is None else {"blocks": self.blocks})
 
 
 _INSTEAD = {
@@ -124,19 +144,28 @@ _INSTEAD = {
 }
 
 
-def _excluded(exclude: Sequence[Any], named: list[tuple[str, Parameter]]) -> set[str]:
-    """The names that the patterns match; each has to match one."""
-    if isinstance(exclude, (str, re.Pattern)) or callable(exclude):
-        raise TypeError(f"exclude must be a list, got {exclude!r}: write [{exclude!r}]")
-    excluded: set[str] = set()
-    for index, pattern in enumerate(exclude):
-        where = f"exclude[{index}]"
-        matches = matcher(pattern, where)
-        members = [name for name, parameter in named if matches(name, parameter.value)]
-        if not members:
-            raise ValueError(nothing_matches(where, pattern, matches, named))
-        excluded.update(members)
-    return excluded
+def _matching(where: str, patterns: Any, named: list[tuple[str, Parameter]]) -> dict[int, set[str]]:
+    """For each pattern, by its place, the names that it matches; each has to match one."""
+    if isinstance(patterns, (str, re.Pattern)) or callable(patterns):
+        raise TypeError(f"{where} must be a list, got {patterns!r}: write [{patterns!r}]")
+    found: dict[int, set[str]] = {}
+    for index, pattern in enumerate(patterns):
+        place = where if isinstance(patterns, Mapping) else f"{where}[{index}]"
+        matches = matcher(pattern, place)
+        found[index] = {name for name, parameter in named if matches(name, parameter.value)}
+        if not found[index]:
+            raise ValueError(nothing_matches(place, pattern, matches, named))
+    return found
+
+
+def _blocks_of(given: Any, named: list[tuple[str, Parameter]]) -> Callable[[str, Any], Any]:
+    """The function ``(name, what the layer says)`` that says into which blocks the rows of a parameter fall."""
+    by_glob = given if isinstance(given, Mapping) else {"*": given}
+    found = _matching("blocks", by_glob, named)
+    values = {}
+    for names, value in zip(found.values(), by_glob.values(), strict=True):
+        values |= dict.fromkeys(names, tuple(value) if isinstance(value, list) else value)
+    return lambda name, own: values.get(name, own)
 
 
 def _no_matrices(named: list[tuple[str, Parameter]], excluded: set[str], matrices: Any) -> str:
@@ -152,7 +181,7 @@ def _no_matrices(named: list[tuple[str, Parameter]], excluded: set[str], matrice
     )
 
 
-def _axes_of(source: Source, matrices: Any) -> Callable[[str, Any], Axes | None]:
+def _asked(source: Source, matrices: Any) -> Callable[[str, Any], Matrices | None]:
     """The function ``(name, parameter)`` that says where the matrices of a parameter are."""
     if isinstance(source, ModuleSource) and _modules(source.module):
         if matrices is not None:
@@ -169,7 +198,7 @@ def _axes_of(source: Source, matrices: Any) -> Callable[[str, Any], Axes | None]
     return lambda name, parameter: _checked(matrices(name, parameter.value), name, parameter.shape)
 
 
-def _checked(axes: Any, name: str, shape: tuple[int, ...]) -> Axes | None:
+def _checked(axes: Any, name: str, shape: tuple[int, ...]) -> Matrices | None:
     """The axes that a user's function returns for a parameter, as tuples."""
     if axes is None:
         return None
@@ -181,7 +210,7 @@ def _checked(axes: Any, name: str, shape: tuple[int, ...]) -> Axes | None:
     if isinstance(axes, (tuple, list)) and len(axes) == 2 and all(map(are_axes, axes)):
         named = [axis % ndim for part in axes for axis in part]
         if len(set(named)) == len(named):
-            return tuple(axes[0]), tuple(axes[1])
+            return Matrices((tuple(axes[0]), tuple(axes[1])))
     raise ValueError(
         f"matrices(name, value) must return None or a pair of tuples of different axes, (rows, columns), got {axes!r} "
         f"for {name!r} of shape {shape}"
@@ -195,11 +224,13 @@ class Kernel(NamedTuple):
       shape: of its axes, ``None`` where the layer does not say.
       rows: the axes that are the output's.
       columns: the axes that are the input's.
+      blocks: how many matrices the rows are of, where a layer keeps several in one array.
     """
 
     shape: tuple[int | None, ...]
     rows: tuple[int, ...]
     columns: tuple[int, ...]
+    blocks: int | None = None
 
 
 def _linear(layer: Any) -> Mapping[str, Kernel]:
@@ -224,10 +255,12 @@ def _einsum(layer: Any) -> Mapping[str, Kernel]:
 
 
 def _conv(layer: Any) -> Mapping[str, Kernel]:
-    if layer.feature_group_count != 1:
+    last, groups = len(layer.kernel_shape) - 1, layer.feature_group_count
+    if groups == 1:
+        return {"kernel": Kernel(tuple(layer.kernel_shape), (last,), tuple(range(last)))}
+    if layer.kernel_shape[last] == groups:  # one row for each group, which is a vector
         return {}
-    last = len(layer.kernel_shape) - 1
-    return {"kernel": Kernel(tuple(layer.kernel_shape), (last,), tuple(range(last)))}
+    return {"kernel": Kernel(tuple(layer.kernel_shape), (last,), tuple(range(last)), groups)}
 
 
 def _conv_transpose(layer: Any) -> Mapping[str, Kernel]:
@@ -252,7 +285,7 @@ _LAYERS = {
     "ConvTranspose": _conv_transpose,
     "LoRA": _lora,
 }
-_FUSED = ("OptimizedLSTMCell", "GRUCell")  # whose kernels hold one matrix for each gate, along one axis
+_GATES = {"OptimizedLSTMCell": 4, "GRUCell": 3}  # of which each ``Linear`` in the cell has a matrix
 
 
 def _kernels(layer: Any) -> Mapping[str, Kernel]:
@@ -263,30 +296,35 @@ def _kernels(layer: Any) -> Mapping[str, Kernel]:
     return {}
 
 
-def _asked_of_layers(tree: Any) -> Callable[[str, Any], Axes | None]:
-    """The axes that the layers in a tree of modules ask for."""
+def _asked_of_layers(tree: Any) -> Callable[[str, Any], Matrices | None]:
+    """What the layers in a tree of modules ask for."""
     claims = _claims(tree)
 
-    def axes_of(name: str, parameter: VariableParameter) -> Axes | None:
+    def asked(name: str, parameter: VariableParameter) -> Matrices | None:
         kernels = claims.get(id(parameter.variable), {None})
         kernel = next(iter(kernels)) if len(kernels) == 1 else None
-        return None if kernel is None else _placed(kernel, name, parameter.shape)
+        axes = None if kernel is None else _placed(kernel, name, parameter.shape)
+        return None if kernel is None or axes is None else Matrices(axes, kernel.blocks)
 
-    return axes_of
+    return asked
 
 
 def _claims(tree: Any) -> Mapping[int, set[Kernel | None]]:
     """What all that hold a variable say that it is, by its id; ``None`` says that it is not a matrix."""
     claims: dict[int, set[Kernel | None]] = defaultdict(set)
-    fused = tuple(getattr(nnx(), name) for name in _FUSED)
-    for module in _modules(tree):
-        for _, node in nnx().iter_graph(module):
-            kernels = _kernels(node)
-            for key, variable in _held(node):
-                claims[id(variable)].add(kernels.get(key))
-            if isinstance(node, fused):
-                for inner in jax.tree.leaves(nnx().state(node), is_leaf=is_variable):
-                    claims[id(inner)].add(None)
+    nodes = [node for module in _modules(tree) for _, node in nnx().iter_graph(module)]
+    gates = {
+        id(layer): count
+        for name, count in _GATES.items()
+        for cell in nodes
+        if isinstance(cell, getattr(nnx(), name))
+        for layer in (cell.dense_i, cell.dense_h)
+    }
+    for node in nodes:
+        kernels = _kernels(node)
+        for key, variable in _held(node):
+            kernel = kernels.get(key)
+            claims[id(variable)].add(kernel and kernel._replace(blocks=gates.get(id(node), kernel.blocks)))
     return claims
 
 

@@ -14,7 +14,7 @@ import pytest
 from flax import linen, nnx
 
 import optimjax as optim
-from optimjax.algorithms.muon import Layout
+from optimjax.algorithms.parts.matrices import Layout
 
 LINEAR = ((-1,), (-2,))
 INTO_HEADS = ((-2, -1), (-3,))
@@ -101,20 +101,21 @@ def check_a_step_of_muon(groups: Any) -> None:
     optimizer.step()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            layout = Layout(parameter.shape, group["matrix_axes"])
-            rate = group["lr"] * math.sqrt(max(1, layout.rows / layout.columns))
-            moved = np.linalg.svd(layout.matrices(jnp.asarray(before[parameter] - np.array(parameter))))[1]
-            assert np.all(moved < 1.3 * rate), parameter.name
-            assert np.all(moved.max(-1) > 0.6 * rate), parameter.name
+            layout = Layout(parameter.shape, group["matrix_axes"], group["blocks"])
+            for matrices in layout.matrices(jnp.asarray(before[parameter] - np.array(parameter))):
+                rate = group["lr"] * math.sqrt(max(1, matrices.shape[-2] / matrices.shape[-1]))
+                moved = np.linalg.svd(matrices)[1]
+                assert np.all(moved < 1.3 * rate), parameter.name
+                assert np.all(moved.max(-1) > 0.6 * rate), parameter.name
 
 
 # --- the axes are those that the layers compute with ------------------------------------------------------------------
 
 
-def axes_in(layer: Any, name: str = "kernel") -> Any:
-    """The axes of a parameter, ``None`` if it is not among the matrices."""
+def group_of(layer: Any, name: str = "kernel") -> dict[str, Any]:
+    """The group that a parameter is in."""
     found = [
-        group.get("matrix_axes")
+        group
         for group in optim.muon_groups([layer, nnx.Linear(1, 1, rngs=nnx.Rngs(0))])
         if f"0.{name}" in names(group["params"])
     ]
@@ -122,11 +123,19 @@ def axes_in(layer: Any, name: str = "kernel") -> Any:
     return found[0]
 
 
+def axes_in(layer: Any, name: str = "kernel") -> Any:
+    """The axes of a parameter, ``None`` if it is not among the matrices."""
+    return group_of(layer, name).get("matrix_axes")
+
+
 def matrices_in(layer: Any, name: str = "kernel") -> Any:
     kernel = layer
     for key in name.split("."):
         kernel = getattr(kernel, key)
-    return Layout(kernel.get_value().shape, axes_in(layer, name)).matrices(kernel.get_value())
+    group = group_of(layer, name)
+    layout = Layout(kernel.get_value().shape, group["matrix_axes"], group.get("blocks"))
+    (matrices,) = layout.matrices(kernel.get_value())
+    return matrices
 
 
 def linear_map(layer: Any, x_shape: tuple[int, ...], batch: int = 0) -> np.ndarray:
@@ -295,10 +304,8 @@ def test_subclasses_count_as_their_base_by_its_kernel_alone() -> None:
         (nnx.Einsum("td,td->t", (2, 3), rngs=RNGS), "kernel"),
         (nnx.Einsum("td,ddf->tf", (3, 3, 4), rngs=RNGS), "kernel"),
         (nnx.Einsum("...d,...df->...f", (2, 3, 4), rngs=RNGS), "kernel"),
-        (nnx.Conv(4, 4, 3, feature_group_count=4, rngs=RNGS), "kernel"),
+        (nnx.Conv(4, 4, 3, feature_group_count=4, rngs=RNGS), "kernel"),  # depthwise
         (nnx.Linear(0, 4, rngs=RNGS, kernel_init=lambda key, shape, dtype: jnp.zeros(shape, dtype)), "kernel"),
-        (cell(nnx.OptimizedLSTMCell), "cell.dense_i.kernel"),
-        (cell(nnx.GRUCell), "cell.dense_h.kernel"),
         (Own(kernel=nnx.Param(jnp.ones((3, 4)))), "kernel"),
         (nnx.PReLU(), "negative_slope"),
     ],
@@ -319,6 +326,41 @@ def test_cells_with_a_layer_for_each_matrix(kind: Any) -> None:
     groups = optim.muon_groups(cell(kind))
     matrices = [name for name, _ in optim.named_parameters(cell(kind)) if name.endswith("kernel")]
     assert shown(groups)[LINEAR] == sorted(matrices)
+
+
+@pytest.mark.parametrize("layer", ["dense_i", "dense_h"])
+@pytest.mark.parametrize(("kind", "gates"), [(nnx.OptimizedLSTMCell, 4), (nnx.GRUCell, 3)])
+def test_cells_with_the_matrices_of_all_gates_in_one(kind: Any, gates: int, layer: str) -> None:
+    model = cell(kind)
+    name = f"cell.{layer}.kernel"
+    group = group_of(model, name)
+    assert (group["matrix_axes"], group["blocks"]) == (LINEAR, gates)
+    kernel = getattr(model.cell, layer).kernel.get_value()
+    np.testing.assert_array_equal(
+        matrices_in(model, name), [gate.T for gate in jnp.split(kernel, gates, axis=-1)]
+    )  # as the cell splits them
+    check_a_step_of_muon(optim.muon_groups(model))
+
+
+def test_grouped_convolutions_have_a_matrix_for_each_group() -> None:
+    layer = nnx.Conv(6, 9, 2, feature_group_count=3, padding="VALID", **PLAIN)
+    whole = linear_map(layer, (1, 2, 6)).reshape(3, 3, 2, 3, 2)  # group, out, window, group, in
+    wanted = np.stack([whole[group, :, :, group].reshape(3, 4) for group in range(3)])
+    np.testing.assert_allclose(matrices_in(layer), wanted, rtol=1e-6)
+
+
+def test_blocks_for_fused_kernels_of_ones_own() -> None:
+    model = {"qkv": nnx.Linear(4, 12, rngs=RNGS), "out": nnx.Linear(4, 4, rngs=RNGS), "cell": cell(nnx.GRUCell)}
+    groups = optim.muon_groups(model, blocks={"qkv.*": [4, 6, 2], "*.dense_h.*": None})
+    found = {name: group.get("blocks") for group in groups for name, _ in group["params"] if name.endswith("kernel")}
+    assert found == {
+        "qkv.kernel": (4, 6, 2),
+        "out.kernel": None,
+        "cell.cell.dense_i.kernel": 3,
+        "cell.cell.dense_h.kernel": None,
+    }
+    check_a_step_of_muon(groups)
+    assert {group.get("blocks") for group in optim.muon_groups(model, blocks=2) if "algorithm" in group} == {2}
 
 
 def test_wrapped_layers() -> None:
@@ -462,7 +504,8 @@ def test_parameters_that_maxtext_scans_over() -> None:
     assert groups[0]["algorithm"] is optim.Muon
     for group in for_muon(groups):
         for name, parameter in group["params"]:
-            assert Layout(parameter.shape, group["matrix_axes"]).matrices(parameter.value).shape[0] == layers, name
+            (batch,) = Layout(parameter.shape, group["matrix_axes"]).matrices(parameter.value)
+            assert batch.shape[0] == layers, name
     check_a_step_of_muon(groups)
 
 
@@ -492,6 +535,7 @@ def tree() -> Any:
         (dense, {"exclude": ["haed.*"]}, ValueError, r"exclude\[0\] \('haed\.\*'\) matches no parameter.* head\.bias"),
         (dense, {"exclude": ["head.*", "had"]}, ValueError, r"exclude\[1\] \('had'\) matches no parameter"),
         (dense, {"exclude": "head.*"}, TypeError, r"exclude must be a list, got 'head\.\*': write \['head\.\*'\]"),
+        (dense, {"blocks": {"haed.*": 2}}, ValueError, r"blocks \('haed\.\*'\) matches no parameter"),
         (dense, {"exclude": [3]}, TypeError, r"exclude\[0\] must be a glob.*got 3"),
         (dense, {"exclude": ["*"]}, ValueError, "exclude names all parameters, so there are no matrices"),
         (
