@@ -70,24 +70,31 @@ def polynomial(coefficients: Any, t: Any) -> Any:
     return value, slope
 
 
-@pytest.mark.usefixtures("x64")
-def test_searches_along_a_line_are_pytorchs(torch: Any) -> None:
+@jax.jit
+def our_search(coefficients: Any, t: Any, max_ls: Any) -> Any:
+    def evaluate(t: Any, count: Any) -> Any:
+        value, slope = polynomial(coefficients, t)
+        return Point(t, value, slope, slope[None]), count + 1
+
+    start, _ = evaluate(jnp.zeros(()), 0)
+    return strong_wolfe(evaluate, start, t, jnp.ones(()), 0, max_ls, jnp.asarray(1e-9), skip=jnp.array(False))
+
+
+def torch_search(torch: Any, coefficients: Any, t: float, max_ls: int) -> Any:
     from torch.optim.lbfgs import _strong_wolfe
 
+    def objective(x: Any, t: Any, d: Any) -> Any:
+        value, slope = polynomial(coefficients, float(t))
+        return value, torch.tensor([slope], dtype=torch.float64)
+
+    d = torch.ones(1, dtype=torch.float64)
+    f, g = objective(None, 0.0, d)
+    return _strong_wolfe(objective, None, t, d, f, g, g.dot(d), max_ls=max_ls)
+
+
+@pytest.mark.usefixtures("x64")
+def test_searches_along_a_line_are_pytorchs(torch: Any) -> None:
     rng = np.random.default_rng(0)
-
-    @jax.jit
-    def ours(coefficients: Any, t: Any, max_ls: Any) -> Any:
-        def evaluate(t: Any, count: Any) -> Any:
-            value, slope = polynomial(coefficients, t)
-            return Point(t, value, slope, slope[None]), count + 1
-
-        start, _ = evaluate(jnp.zeros(()), 0)
-        point, evaluations, count = strong_wolfe(
-            evaluate, start, t, jnp.ones(()), 0, max_ls, jnp.asarray(1e-9), skip=jnp.array(False)
-        )
-        return point, evaluations, count
-
     seen, compared = set(), 0
     for _ in range(300):
         coefficients = rng.standard_normal(7) * 2.0 ** rng.integers(-4, 3, 7)
@@ -96,19 +103,13 @@ def test_searches_along_a_line_are_pytorchs(torch: Any) -> None:
         first, max_ls = float(2.0 ** rng.integers(-6, 4)), int(rng.integers(0, 26))
 
         def search(ulps: int, coefficients: Any = coefficients, first: float = first, max_ls: int = max_ls) -> Any:
-            def objective(x: Any, t: Any, d: Any) -> Any:
-                value, slope = polynomial(coefficients * (1 + ulps * 2.0**-52), float(t))
-                return value, torch.tensor([slope], dtype=torch.float64)
-
-            d = torch.ones(1, dtype=torch.float64)
-            f, g = objective(None, 0.0, d)
-            return _strong_wolfe(objective, None, first, d, f, g, g.dot(d), max_ls=max_ls)
+            return torch_search(torch, coefficients * (1 + ulps * 2.0**-52), first, max_ls)
 
         theirs = search(0)
         if any(abs(float(theirs[2]) - float(search(ulps)[2])) > 1e-9 for ulps in (-2, 1, 3)):
             continue  # a matter of rounding
         compared += 1
-        point, evaluations, count = ours(jnp.asarray(coefficients), first, max_ls)
+        point, evaluations, count = our_search(jnp.asarray(coefficients), first, max_ls)
         assert evaluations == count == theirs[3]
         np.testing.assert_allclose(point.t, float(theirs[2]), rtol=1e-9)
         np.testing.assert_allclose(point.loss, float(theirs[0]), rtol=1e-9, atol=1e-9)
@@ -117,6 +118,15 @@ def test_searches_along_a_line_are_pytorchs(torch: Any) -> None:
         seen.add(int(evaluations))
     assert compared >= 270
     assert len(seen) >= 10  # short searches and long ones
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_search_whose_loss_is_too_large_to_change(torch: Any) -> None:
+    """The first trial may equal the start; only later ones must be below the trial before them."""
+    coefficients = np.array([-1.0, 2.0**60])
+    theirs = torch_search(torch, coefficients, 0.5, 25)
+    point, evaluations, _ = our_search(jnp.asarray(coefficients), 0.5, 25)
+    assert (evaluations, point.t) == (theirs[3], theirs[2])
 
 
 # --- One program ----------------------------------------------------------------------------------------------------
