@@ -49,6 +49,7 @@ from __future__ import annotations  # signatures then show `Rate`, not what it s
 import math
 from typing import Annotated, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -179,6 +180,7 @@ def update(
         targets.append(target.astype(dtype))
     table = table_of(flags.ns_coefficients)
 
+    @jax.jit  # which is traced once, however many matrices there are
     def direction_of(target: Array, scalar: Scalars) -> Array:
         coefficients = table or (scalar.a, scalar.b, scalar.c)
         return layout.array(
