@@ -168,9 +168,20 @@ package: list[Definition] = []  # of the classes of this package, in the order i
 
 
 def of_group(group: Mapping[str, Any], own: Definition) -> Definition:
-    """What updates a group: its ``algorithm``, or what the optimizer is itself (``own``)."""
+    """What updates a group: its ``algorithm``, or what the optimizer is itself (``own``).
+
+    Raises:
+      ValueError: the entry has been edited, and is not an optimizer class any more.
+    """
     algorithm = group.get("algorithm")
-    return own if algorithm is None else algorithm.definition
+    if algorithm is None:
+        return own
+    if not isinstance(getattr(algorithm, "definition", None), Definition):
+        raise ValueError(
+            f"'algorithm' of a group must be an optimizer class, got {algorithm!r}: names are for new groups, whose "
+            "options and state are those of the algorithm; make a new optimizer, or use add_param_group"
+        )
+    return algorithm.definition
 
 
 def names_of_others(definition: Definition) -> set[str]:

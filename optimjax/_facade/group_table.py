@@ -49,7 +49,9 @@ def table(cls: type, groups: Sequence[Mapping[str, Any]], state: Mapping[Any, An
     return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _usual(cls: type) -> dict[str, Any]:
+def _usual(cls: Any) -> dict[str, Any]:
+    if not isinstance(cls, type):  # an entry that was edited, which the next step refuses
+        return {}
     return {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
 
 

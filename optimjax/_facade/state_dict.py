@@ -39,7 +39,7 @@ def pack(groups: Groups, state: Mapping[Any, Any]) -> dict[str, Any]:
 
 def named(group: Mapping[str, Any]) -> dict[str, Any]:
     """A group with the name of its algorithm in place of the class."""
-    return {key: value.__name__ if key == "algorithm" else value for key, value in group.items()}
+    return {key: getattr(value, "__name__", value) if key == "algorithm" else value for key, value in group.items()}
 
 
 class IncompatibleKeys(NamedTuple):

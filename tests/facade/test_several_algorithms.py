@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -223,6 +224,24 @@ def test_mixtures_that_are_refused_change_nothing(cls: Any, group: Any, error: A
     assert len(optimizer.param_groups) == 1
     assert not optimizer.state
     assert len(jax.tree.leaves(optimizer.params)) == 1
+
+
+def test_an_algorithm_that_was_edited_is_refused_until_it_is_put_back() -> None:
+    optimizer = optim.AdamW([{"params": HIDDEN, "algorithm": "Muon"}, {"params": REST}])
+    group, before = optimizer.param_groups[0], jax.tree.map(np.array, optimizer.params)
+    group["algorithm"] = "SGD"
+    assert "algorithm: SGD" in repr(optimizer)
+    assert "SGD" in optimizer._repr_html_()
+    for call in (
+        lambda: optimizer.step([HIDDEN, REST]),
+        lambda: optimizer.algorithm,
+        lambda: optimizer.functional_state(),
+    ):
+        with pytest.raises(ValueError, match="'algorithm' of a group must be an optimizer class, got 'SGD'"):
+            call()
+    chex.assert_trees_all_equal(optimizer.params, before)
+    group["algorithm"] = optim.Muon
+    optimizer.step([HIDDEN, REST])
 
 
 def test_a_group_of_another_algorithm_can_be_added_in_the_middle_of_a_run() -> None:
