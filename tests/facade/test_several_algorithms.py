@@ -226,6 +226,36 @@ def test_mixtures_that_are_refused_change_nothing(cls: Any, group: Any, error: A
     assert len(jax.tree.leaves(optimizer.params)) == 1
 
 
+@pytest.mark.parametrize("cls", [optim.Adagrad, optim.AdamW])
+@pytest.mark.parametrize("kind", ["cyclic", "one cycle"])
+def test_momentum_is_cycled_where_an_algorithm_has_it(cls: Any, kind: str) -> None:
+    groups = [
+        {"params": HIDDEN, "algorithm": "Muon"},
+        {"params": REST},
+        {"params": jnp.ones(2), "algorithm": "Adagrad"},
+    ]
+    optimizer = cls(groups)
+    if kind == "cyclic":
+        scheduler = optim.lr_scheduler.CyclicLR(
+            optimizer, 0.1, 1.0, step_size_up=2, base_momentum=0.7, max_momentum=0.9
+        )
+    else:
+        scheduler = optim.lr_scheduler.OneCycleLR(
+            optimizer, 1.0, 7, pct_start=2 / 7, base_momentum=0.7, max_momentum=0.9, anneal_strategy="linear"
+        )
+    assert optimizer.param_groups[0]["momentum"] == 0.9
+    optimizer.step([HIDDEN, REST, jnp.ones(2)])
+    scheduler.step()
+    muon, own, adagrad = optimizer.param_groups
+    assert muon["momentum"] < 0.9
+    assert "momentum" not in own
+    assert "momentum" not in adagrad
+    assert own.get("betas", (muon["momentum"],))[0] == muon["momentum"]
+    alone = optim.Adagrad(HIDDEN)
+    with pytest.raises(ValueError, match="optimizer must support momentum or beta1"):
+        type(scheduler)(alone, *((0.1, 1.0) if kind == "cyclic" else (1.0, 7)))
+
+
 def test_an_algorithm_that_was_edited_is_refused_until_it_is_put_back() -> None:
     optimizer = optim.AdamW([{"params": HIDDEN, "algorithm": "Muon"}, {"params": REST}])
     group, before = optimizer.param_groups[0], jax.tree.map(np.array, optimizer.params)
