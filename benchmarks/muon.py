@@ -1,9 +1,9 @@
 """Time Muon, and Muon with AdamW for the rest, alongside optax: `python benchmarks/muon.py [--layers N] [--rounds N]`.
 
 The parameters have the shapes of GPT-2 small: in each layer four matrices, from 768×768 to 768×3072; the mixed step
-also has its embeddings, norms and biases. Each contender is compiled by itself in a cleared cache; then they take
-turns, and the figures are medians of the ratios of one turn. "float32" computes what optax computes; "bfloat16" is the
-default, which is PyTorch's. "first" is the first call: making the state, tracing, lowering, compiling and one step.
+also has its embeddings, norms and biases. Contenders take turns, in compiling with cleared caches and in stepping; the
+figures are medians over the turns, of times and of ratios. "float32" computes what optax computes; "bfloat16" is the
+default, which is PyTorch's. "first" is one first call: making the state, tracing, lowering, compiling and one step.
 """
 
 import argparse
@@ -52,31 +52,29 @@ def is_matrix(name: str) -> bool:
 
 
 class Contender:
-    """A step to be timed: `run()` returns what to wait for."""
+    """A step to be timed: `run()` returns what to wait for; `compile()` traces, lowers and compiles it, if it can."""
 
-    def __init__(self, name: str, run: Callable[[], Any], compile_seconds: float = float("nan")):
+    def __init__(self, name: str, run: Callable[[], Any], compile: Callable[[], Any] | None = None):
         self.name = name
-        self.run = run
-        self.compile_seconds = compile_seconds
-        self.times: list[float] = []
+        self.run = lambda: jax.block_until_ready(run())
+        self.compile = compile or (lambda: None)
+        self.steps: list[float] = []
+        self.compilations: list[float] = []
         jax.clear_caches()
-        self.first = self.call()
+        self.first = seconds(self.run)
 
-    def call(self) -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(self.run())
-        return time.perf_counter() - start
+
+def seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def pure(name: str, init: Callable[..., Any], update: Callable[..., Any], params: Tree, grads: Tree) -> Contender:
     """A jitted pure update, whose state is donated."""
     compiled = jax.jit(lambda params, grads, state: update(params, grads, state)[::-1], donate_argnums=2)
     held: dict[str, Any] = {"params": params}
-    jax.clear_caches()
     abstract = jax.eval_shape(init, params)
-    start = time.perf_counter()
-    compiled.lower(params, grads, abstract).compile()
-    seconds = time.perf_counter() - start
 
     def run() -> Any:
         if "state" not in held:
@@ -84,7 +82,7 @@ def pure(name: str, init: Callable[..., Any], update: Callable[..., Any], params
         held["state"], held["params"] = compiled(held["params"], grads, held["state"])
         return held["params"]
 
-    return Contender(name, run, seconds)
+    return Contender(name, run, lambda: compiled.lower(params, grads, abstract).compile())
 
 
 def of_optax(name: str, tx: optax.GradientTransformation, params: Tree, grads: Tree) -> Contender:
@@ -143,22 +141,31 @@ def of_mixed(params: Tree, grads: Tree) -> list[Contender]:
 
 def compare(title: str, rows: list[Contender], rounds: int) -> None:
     """Print the table of contenders, the first of which the others are compared with."""
-    for row in rows:
-        row.call()  # compile again what clearing the caches has dropped
     for turn in range(rounds):
         for row in rows[turn % len(rows) :] + rows[: turn % len(rows)]:
-            row.times.append(row.call())
+            jax.clear_caches()
+            row.compilations.append(seconds(row.compile))
+    for row in rows:  # compile again what clearing the caches has dropped
+        row.run()
+    for turn in range(rounds):
+        for row in rows[turn % len(rows) :] + rows[: turn % len(rows)]:
+            row.steps.append(seconds(row.run))
     reference = rows[0]
     print(f"\n| {title} | step, s | of optax | compile, s | of optax | first step, s | of optax |")
     print("| --- " * 7 + "|")
     for row in rows:
-        ratio = statistics.median(ours / theirs for ours, theirs in zip(row.times, reference.times, strict=True))
+        step = f"{statistics.median(row.steps):.3g} | {paired(row.steps, reference.steps):.2f}"
+        compilation = "| "  # of an optimizer, which compiles in its first step
+        if row.compile() is not None:
+            ratio = paired(row.compilations, reference.compilations)
+            compilation = f"{statistics.median(row.compilations):.2f} | {ratio:.2f}"
         print(
-            f"| {row.name} | {statistics.median(row.times):.3g} | {ratio:.2f} "
-            f"| {row.compile_seconds:.2f} | {row.compile_seconds / reference.compile_seconds:.2f} "
-            f"| {row.first:.2f} | {row.first / reference.first:.2f} |",
-            flush=True,
+            f"| {row.name} | {step} | {compilation} | {row.first:.2f} | {row.first / reference.first:.2f} |", flush=True
         )
+
+
+def paired(ours: list[float], theirs: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def main() -> None:
