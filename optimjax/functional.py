@@ -2,6 +2,7 @@
 
 from optimjax._core.algorithm import Algorithm, factory
 from optimjax._core.averaging import Averaging, ema, swa
+from optimjax._core.partition import partition
 from optimjax.algorithms.adadelta import adadelta
 from optimjax.algorithms.adafactor import adafactor
 from optimjax.algorithms.adagrad import adagrad
@@ -33,6 +34,7 @@ __all__ = [
     "lbfgs",
     "muon",
     "nadam",
+    "partition",
     "radam",
     "rmsprop",
     "rprop",

@@ -23,7 +23,17 @@ from optimjax._core.hyperparameters import Hyperparameters, Numeric
 from optimjax._core.tree import check_gradient, flatten_params, match, names
 from optimjax._storage.placement import place, sharding_of
 
-__all__ = ["Algorithm", "Params", "arguments_of", "check_order", "check_overrides", "factory"]
+__all__ = [
+    "Algorithm",
+    "Params",
+    "State",
+    "arguments_of",
+    "check_order",
+    "check_overrides",
+    "factory",
+    "function_name",
+    "state_class",
+]
 
 P = ParamSpec("P")
 Params = TypeVar("Params", bound=chex.ArrayTree)
@@ -96,7 +106,7 @@ class Algorithm:
             for name, value in self.values.items()
             if name not in usual or not _is_same(value, usual[name])
         )
-        return f"{_function_name(self.name)}({', '.join(given)})"
+        return f"{function_name(self.name)}({', '.join(given)})"
 
     def init(self, params: chex.ArrayTree) -> Any:
         """The state before the first update.
@@ -184,9 +194,7 @@ class Algorithm:
 
     def _flags(self, values: Mapping[str, Any], columns: Mapping[str, list[Any]]) -> Any:
         """The flags for values of which the columns are known."""
-        return self.hyperparameters.fixed_flags(
-            {**values, **{name: column for name, column in columns.items() if column}}
-        )
+        return self.hyperparameters.fixed_flags(values, columns)
 
     def _own_flags(self, params: Any) -> Any:
         """The flags without overrides."""
@@ -196,7 +204,7 @@ class Algorithm:
         """The NamedTuple of the state: a field for each slot that some of the parameters has."""
         kinds = {(leaf.shape, leaf.dtype) for leaf in leaves}
         some = {field for kind in kinds for field in self.definition.fields(flags, *kind)}
-        return _state_type(self.name, tuple(field for field in self.definition.slot_names if field in some))
+        return state_class(self.name, tuple(field for field in self.definition.slot_names if field in some))
 
     def _packed(self, state_type: Any, step: Array, treedef: Any, slots: Sequence[Any]) -> Any:
         """The state."""
@@ -232,10 +240,10 @@ def _is_same(a: Any, b: Any) -> bool:
         return all(map(_is_same, a, b))
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
         return all(_is_same(value, b[key]) for key, value in a.items())
-    return a is b or (isinstance(a, _PLAIN) and isinstance(b, _PLAIN) and a == b)
+    return a is b or (isinstance(a, (*_PLAIN, Algorithm)) and isinstance(b, (*_PLAIN, Algorithm)) and a == b)
 
 
-def _function_name(class_name: str) -> str:
+def function_name(class_name: str) -> str:
     """The name of the functional form: words are divided where a capital begins one (sparse_adam, but adamw)."""
     return re.sub("(?<=[a-z])(?=[A-Z][a-z])", "_", class_name).lower()
 
@@ -254,7 +262,7 @@ def factory(cls: Callable[Concatenate[Any, P], Any]) -> Callable[P, Algorithm]:
     def make(*args: P.args, **kwargs: P.kwargs) -> Algorithm:
         return optimizer_class._algorithm(optimizer_class.definition.defaults(*args, **kwargs))
 
-    make.__name__ = make.__qualname__ = _function_name(optimizer_class.__name__)
+    make.__name__ = make.__qualname__ = function_name(optimizer_class.__name__)
     make.__module__ = optimizer_class.__module__
     make.__doc__ = (
         f"A pure :class:`optimjax.functional.Algorithm` with the arithmetic and the keywords of "
@@ -283,7 +291,7 @@ def _leaf_name(params: Any, index: int) -> str:
 
 
 @functools.cache
-def _state_type(name: str, fields: tuple[str, ...]) -> Any:
+def state_class(name: str, fields: tuple[str, ...]) -> Any:
     """One class for each set of fields, so that trees of states compare equal; it pickles by what it was made from."""
     cls = namedtuple(f"{name}State", ("step", *fields), module=__name__)
     cls.__doc__ = f"State of {name}: the number of updates done, then one tree like the parameters for each slot."
@@ -293,7 +301,7 @@ def _state_type(name: str, fields: tuple[str, ...]) -> Any:
 
 
 def _restore_state(name: str, fields: tuple[str, ...], values: tuple[Any, ...]) -> Any:
-    return _state_type(name, fields)(*values)
+    return state_class(name, fields)(*values)
 
 
 def _check(hyperparameters: Hyperparameters, key: str, value: Any) -> None:
@@ -303,6 +311,8 @@ def _check(hyperparameters: Hyperparameters, key: str, value: Any) -> None:
         one = lambda x: kind.may_be_value(x) or (x is None and value is None)  # noqa: E731
         for leaf in jax.tree.leaves(value, is_leaf=one):
             kind.check(key, leaf)
+            if leaf is not value and kind.is_fixed(leaf):
+                raise ValueError(f"{key}={leaf!r} is compiled in: it must be one for all parameters, got {value!r}")
     elif kind is not None:
         kind.check(key, value)
 

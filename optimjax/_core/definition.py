@@ -16,7 +16,7 @@ from optimjax._core.contract import Rule
 from optimjax._core.hyperparameters import Hyperparameters, Numeric
 from optimjax._core.sparse import is_sparse
 
-__all__ = ["UNBOUND", "Definition", "as_number", "names_of_others", "package"]
+__all__ = ["UNBOUND", "Definition", "as_number", "names_of_others", "of_group", "package"]
 
 UNBOUND: Any = object()  # in place of params: an optimizer of nothing, which has defaults alone
 
@@ -30,12 +30,14 @@ class Definition:
       rule: the arithmetic for one parameter; ``None`` for a class that overrides ``step``.
       hyperparameters: the kinds of its hyperparameters.
       slot_names: the names of all slots, whatever the flags are.
+      own_step: whether the class, or one that it is derived from, has overridden ``step``.
     """
 
     owner: type
     rule: Rule | None
     hyperparameters: Hyperparameters
     slot_names: tuple[str, ...]
+    own_step: bool = False
 
     @property
     def name(self) -> str:
@@ -163,6 +165,23 @@ class Definition:
 
 
 package: list[Definition] = []  # of the classes of this package, in the order in which they were made
+
+
+def of_group(group: Mapping[str, Any], own: Definition) -> Definition:
+    """What updates a group: its ``algorithm``, or what the optimizer is itself (``own``).
+
+    Raises:
+      ValueError: the entry has been edited, and is not an optimizer class any more.
+    """
+    algorithm = group.get("algorithm")
+    if algorithm is None:
+        return own
+    if not isinstance(getattr(algorithm, "definition", None), Definition):
+        raise ValueError(
+            f"'algorithm' of a group must be an optimizer class, got {algorithm!r}: names are for new groups, whose "
+            "options and state are those of the algorithm; make a new optimizer, or use add_param_group"
+        )
+    return algorithm.definition
 
 
 def names_of_others(definition: Definition) -> set[str]:

@@ -58,6 +58,9 @@ class Numeric:
       switch: a plain zero leaves a part of the algorithm out, with its slots (``momentum=0`` keeps no buffer).
       skip: a plain zero leaves arithmetic out in the functional core. The facade keeps it, because its groups
         may be edited at any time and that must not recompile.
+      fixed: whether a value is compiled in after all, as those of :class:`Structural` are: a name or a table that is in
+        place of the numbers. In the arithmetic these are then zeros, and the flag of the same name is the value; it is
+        ``None`` where there are numbers.
     """
 
     minimum: float = -math.inf
@@ -70,6 +73,11 @@ class Numeric:
     alike: bool = False
     switch: bool = False
     skip: bool = False
+    fixed: Callable[[Any], bool] | None = None
+
+    def is_fixed(self, value: Any) -> bool:
+        """Whether a value is compiled in after all."""
+        return self.fixed is not None and self.fixed(value)
 
     def is_value(self, value: Any) -> bool:
         """Whether this is one value for all parameters, not a tree of values.
@@ -77,12 +85,12 @@ class Numeric:
         A function is one, a schedule. A tree that can be called may be a schedule or a tree of values; which of them is
         known where the parameters are, and here it is none (see :func:`optimjax._core.algorithm.spread`).
         """
-        parts = value if self.items and not callable(value) else [value]
+        parts = value if self.items and not callable(value) and not self.is_fixed(value) else [value]
         return self.may_be_value(value) and not all(callable(part) and not _is_leaf(part) for part in parts)
 
     def may_be_value(self, value: Any) -> bool:
         """The same, where a tree that can be called is taken for a schedule."""
-        if callable(value):
+        if callable(value) or self.is_fixed(value):
             return True
         if self.items:
             return (
@@ -94,7 +102,7 @@ class Numeric:
 
     def check(self, name: str, value: Any) -> None:
         """Raise for a value out of range; a tracer, and what can be called, cannot be judged and passes."""
-        if callable(value):
+        if callable(value) or self.is_fixed(value):
             return
         if not self.may_be_value(value):
             wanted = f"a tuple of {len(self.items)} numbers" if self.items else "a number"
@@ -118,6 +126,8 @@ class Numeric:
 
     def over_numbers(self, function: Callable[[Any], Any], value: Any) -> Any:
         """``function`` of the number, or of each number of the tuple; ``None`` stays where it is optional."""
+        if self.is_fixed(value):
+            return (0.0,) * len(self.items) or 0.0
         if self.items:
             values = tuple(value) if np.iterable(value) else ()
             if len(values) != len(self.items):
@@ -252,10 +262,12 @@ class Hyperparameters:
                 self.kinds.update({name: kind for name, kind in found.items() if not above or name in self.kinds})
         self._switches = tuple(n for n, k in self.kinds.items() if isinstance(k, Numeric) and (k.switch or k.skip))
         self._skips = frozenset(n for n, k in self.kinds.items() if isinstance(k, Numeric) and k.skip)
+        self._fixable = {n: k for n, k in self.kinds.items() if isinstance(k, Numeric) and k.fixed is not None}
         self._structural = tuple(n for n, kind in self.kinds.items() if isinstance(kind, Structural))
         self.numeric = tuple(n for n, kind in self.kinds.items() if isinstance(kind, Numeric))
         # A tuple with names is hashable (a static argument of a compiled function) and reads as `flags.nesterov`.
-        self._flags = namedtuple("Flags", (*self._structural, *self._switches, "param_dtype"), defaults=[None])
+        compiled_in = (*self._structural, *self._fixable, *self._switches)
+        self._flags = namedtuple("Flags", (*compiled_in, "param_dtype"), defaults=[None])
         self._hyper = namedtuple("Hyper", self.numeric + self._structural)
 
     @staticmethod
@@ -282,7 +294,7 @@ class Hyperparameters:
 
     def check_structural(self, values: Mapping[str, Any]) -> None:
         """Raise for the first illegal value of those that are compiled in."""
-        for name in self._structural:
+        for name in (*self._structural, *self._fixable):
             if name in values:
                 self.kinds[name].check(name, values[name])
 
@@ -294,15 +306,17 @@ class Hyperparameters:
         """The hashable part of a group: structural values, and for each switch whether it is on."""
         return self._flags(
             *[_hashable(values[name]) for name in self._structural],
+            *[_hashable(values[name]) if kind.is_fixed(values[name]) else None for name, kind in self._fixable.items()],
             *[name in self._skips or _is_on(values[name]) for name in self._switches],
         )
 
-    def fixed_flags(self, values: Mapping[str, Any]) -> Any:
+    def fixed_flags(self, values: Mapping[str, Any], columns: Mapping[str, list[Any]] | None = None) -> Any:
         """The same for values that stay, which may be trees: a switch is on where any leaf is.
 
-        What can be called counts as on: it may be a schedule.
+        What can be called counts as on: it may be a schedule. ``columns`` has the leaves where they are known.
         """
-        on = {name: any(map(_is_on, jax.tree.leaves(values[name], is_leaf=callable))) for name in self._switches}
+        leaves = {name: (columns or {}).get(name) or values[name] for name in self._switches}
+        on = {name: any(map(_is_on, jax.tree.leaves(leaves[name], is_leaf=callable))) for name in self._switches}
         return self.flags({**values, **on})._replace(**{name: on[name] for name in self._skips})
 
 

@@ -18,7 +18,7 @@ from optimjax._engine.state import ParameterState, Place, Store
 from optimjax._params.parameter import Parameter
 from optimjax._storage.placement import canonical, pin, pinned
 
-__all__ = ["Bucket", "BucketStructure", "Member", "update_bucket", "update_each"]
+__all__ = ["Bucket", "BucketStructure", "Member", "StepStructure", "update_bucket", "update_each"]
 
 
 class Member(NamedTuple):
@@ -28,6 +28,7 @@ class Member(NamedTuple):
     value: Array
     grad_kind: Any  # what decides what is compiled for its gradient
     group: int  # its index among the groups
+    definition: Definition
     flags: Any
     state: ParameterState
     known: Any  # what the optimizer's state has for it, which may be nothing yet
@@ -63,6 +64,18 @@ class BucketStructure:
         kinds: Hashable,  # of the arrays: what else decides which executable runs
     ):
         self.rule, self.scalars, self.flags, self.rows, self.slots, self.pins = rule, scalars, flags, rows, slots, pins
+
+
+class StepStructure:
+    """What is compiled in when one program updates all buckets of a step. Equal ones are one object.
+
+    Attributes:
+      buckets: the structure of each bucket.
+      positions: for each bucket the positions of its parameters among those of the step.
+    """
+
+    def __init__(self, buckets: tuple[BucketStructure, ...], positions: tuple[tuple[int, ...], ...]):
+        self.buckets, self.positions = buckets, positions
 
 
 def update_each(

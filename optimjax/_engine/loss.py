@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from optimjax._engine.bucket import BucketStructure, update_each
+from optimjax._engine.bucket import StepStructure, update_each
 from optimjax._engine.loss_call import CallStructure
 
 __all__ = ["update_from_loss", "value_and_grad"]
@@ -60,13 +60,31 @@ def value_and_grad(
 def update_from_loss(
     loss_fn: Callable[..., Any],
     call: CallStructure,
-    bucket: BucketStructure,
-    slots: Any,
+    step: StepStructure,
+    slots: list[Any],
     differentiated: Any,
     traced: Any,
-    rows: Any,
+    rows: list[Any],
 ) -> Any:
-    """Value, gradient and update in one program: ``(slots, parameters, loss, changed)``, as :func:`update_each`."""
+    """Value, gradient and update in one program.
+
+    Args:
+      loss_fn: the loss function.
+      call: of it.
+      step: the structure of the buckets, and which of the parameters are in each.
+      slots: of each bucket.
+      differentiated: the arrays of parameters.
+      traced: the other arrays of the call.
+      rows: of each bucket, its scalars.
+
+    Returns:
+      The slots of each bucket, the parameters of each bucket, the loss, and what it has changed in modules. The slots
+      come first, see :func:`optimjax._engine.bucket.update_each`.
+    """
     loss, _, changed, written, grads = _evaluate(loss_fn, call, False, differentiated, traced)
     params = [written.get(index, param) for index, param in enumerate(differentiated)]
-    return *update_each(bucket, slots, params, grads, rows), loss, changed
+    updated = [
+        update_each(bucket, kept, [params[i] for i in positions], [grads[i] for i in positions], row)
+        for bucket, positions, kept, row in zip(step.buckets, step.positions, slots, rows, strict=True)
+    ]
+    return [new for new, _ in updated], [new for _, new in updated], loss, changed

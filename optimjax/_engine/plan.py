@@ -1,20 +1,21 @@
 """From gradients to buckets: which parameters share a program, and what the next step starts from."""
 
+import functools
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from functools import partial
 from operator import is_
 from typing import Any
 
 import jax
 from jax import Array
 
-from optimjax._core.definition import Definition
+from optimjax._core.definition import Definition, of_group
 from optimjax._core.reading import as_count, read_slot
 from optimjax._core.tree import check_gradient, copied_array
-from optimjax._engine.bucket import Bucket, Member
+from optimjax._engine.bucket import Bucket, Member, StepStructure
 from optimjax._engine.handover import Call, Commit, Handover, kinds
+from optimjax._engine.interned import interned
 from optimjax._engine.state import ParameterState, Place
 from optimjax._params.handed import name_of
 from optimjax._params.parameter import Parameter
@@ -34,8 +35,15 @@ class Plan:
       buckets: in the order of their programs' calls.
     """
 
-    def __init__(self, key: Any, buckets: list[Bucket]):
-        self.key, self.buckets = key, buckets
+    def __init__(self, key: Any, buckets: list[Bucket], parameters: list[Parameter]):
+        self.key, self.buckets, self._parameters = key, buckets, parameters
+
+    @functools.cached_property
+    def structure(self) -> StepStructure:
+        """What is compiled in where one program updates all buckets."""
+        order = {parameter: index for index, parameter in enumerate(self._parameters)}
+        positions = (tuple(order[parameter] for parameter in bucket.parameters) for bucket in self.buckets)
+        return interned(StepStructure, tuple(bucket.structure for bucket in self.buckets), tuple(positions))
 
     def calls(self, grads: Mapping[Parameter, Any], rows: Sequence[Any], in_place: bool) -> list[Call]:
         """The calls of :data:`update_bucket`, which may update parameters in place, too."""
@@ -76,8 +84,8 @@ class Planner:
       plan: of the last step.
     """
 
-    def __init__(self, definition: Definition, handover: Handover):
-        self._definition, self._handover = definition, handover
+    def __init__(self, own: Definition, handover: Handover):
+        self._own, self._handover = own, handover
         self.plan: Plan | None = None
         self._patterns: list[tuple[Any, list[list[int]]]] = []
         self._resolved: dict[int, tuple[list[Any], Any]] = {}
@@ -95,16 +103,16 @@ class Planner:
           groups: of the optimizer, with the parameters and the present hyperparameters.
           state: what is kept for each parameter.
           grads: by parameter, whatever is not ``None``.
-          together: one bucket, in the order of ``grads``; as it always is for a rule that takes all parameters at once.
+          together: one bucket for each algorithm, in the order of ``grads``; as it always is for a rule that takes all
+            parameters at once.
         """
+        definitions = [of_group(group, self._own) for group in groups]
         resolved = [self.resolved(groups, index) for index in range(len(groups))]
         hypers, flags = [hyper for hyper, _ in resolved], [flag for _, flag in resolved]
         sizes = [len(group["params"]) for group in groups]
         leaves, structure = jax.tree.flatten(list(grads.values()))  # a sparse gradient has two
         parameters = [parameter for group in groups for parameter in group["params"]]
-        key = together, sizes, flags, parameters, list(grads), structure, kinds(leaves)
-        rule = self._definition.arithmetic
-        together |= rule.takes == "all"
+        key = together, sizes, definitions, flags, parameters, list(grads), structure, kinds(leaves)
         plan = self.plan
         if plan is None or plan.key != key or not all(bucket.fits(state) for bucket in plan.buckets):
             if twice := [p for p, count in Counter(parameters).items() if count > 1]:
@@ -113,25 +121,29 @@ class Planner:
             members = self._members(groups, state, grads, resolved)
             positions, shared = self._layout(members)
             if together:
-                position = {member.parameter: index for index, member in enumerate(members)}
-                positions = [[position[parameter] for parameter in grads]]
-            scalars = type(rule.scalars(1, hypers[0]))
+                order = {parameter: index for index, parameter in enumerate(grads)}
+                positions = in_order(members, [order[member.parameter] for member in members])
             if plan is not None:
                 plan.drop()
-            parts = [[members[index] for index in part] for part in positions]
-            plan = Plan(key, [Bucket(self._handover, self._definition, scalars, part, shared) for part in parts])
-            self.plan = plan
+            buckets = []
+            for part in positions:
+                first = members[part[0]]
+                scalars = type(first.definition.arithmetic.scalars(1, hypers[first.group]))
+                parts = [members[index] for index in part]
+                buckets.append(Bucket(self._handover, first.definition, scalars, parts, shared))
+            self.plan = plan = Plan(key, buckets, list(grads))
         known: dict[tuple[int, int], Any] = {}
         return plan, [bucket.scalars(hypers, known) for bucket in plan.buckets]
 
     def resolved(self, groups: Sequence[Mapping[str, Any]], index: int) -> tuple[Any, Any]:
         """A group's hyperparameters and flags; the same again until somebody edits the group."""
         group = groups[index]
-        given = list(map(group.get, self._definition.hyperparameters.kinds))
+        definition = of_group(group, self._own)
+        given = [definition, *map(group.get, definition.hyperparameters.kinds)]
         known = self._resolved.get(index)
-        if known is None or not all(map(is_, given, known[0])):
-            known = given, self._definition.resolve(group, f" of param_groups[{index}]")
-            if all(map(_is_constant, given)):
+        if known is None or len(given) != len(known[0]) or not all(map(is_, given, known[0])):
+            known = given, definition.resolve(group, f" of param_groups[{index}]")
+            if all(map(_is_constant, given[1:])):
                 self._resolved[index] = known
         return known[1]
 
@@ -143,7 +155,7 @@ class Planner:
         where a group's counts differ, each member has its own row.
         """
         even = len({(m.group, m.step) for m in members}) == len({m.group for m in members})
-        pattern = [(member.signature, member.group if even else 0) for member in members]
+        pattern = [(member.definition, member.signature, member.group if even else 0) for member in members]
         for known, positions in self._patterns:
             if pattern == known:
                 return positions, even
@@ -161,44 +173,47 @@ class Planner:
     ) -> list[Member]:
         members = []
         for index, group in enumerate(groups):
+            definition = of_group(group, self._own)
             for parameter in group["params"]:
                 if (grad := grads.get(parameter)) is not None:
-                    value, name = parameter.value, partial(name_of, parameter, groups)
+                    value, name = parameter.value, functools.partial(name_of, parameter, groups)
                     check_gradient(name, value, grad)
-                    self._definition.check_layout(grad, name)
+                    definition.check_layout(grad, name)
                     known = state.get(parameter)
                     kept = ParameterState.of({} if known is None else known)
                     hyper, flags = resolved[index]
-                    slots, step = self._prepared(name, value, kept, hyper, flags)
+                    slots, step = _prepared(definition, name, value, kept, hyper, flags)
                     grad_kind = tuple(kinds(jax.tree.leaves(grad)))
-                    members.append(Member(parameter, value, grad_kind, index, flags, kept, known, slots, step))
+                    members.append(
+                        Member(parameter, value, grad_kind, index, definition, flags, kept, known, slots, step)
+                    )
         return members
 
-    def _prepared(
-        self, name: Callable[[], str], param: Array, state: ParameterState, hyper: Any, flags: Any
-    ) -> tuple[Any, int]:
-        """Slots that a step may update in place, and the count of updates.
 
-        Slots that somebody has seen are checked, because they may have been edited, and copied; those that are missing
-        are made.
-        """
-        definition, place = self._definition, state.place
-        rule = definition.arithmetic
-        if isinstance(place, Place) and (place.flags, place.shape) == (flags, param.shape):
-            return place.slots, place.step
-        values = state.peek()
-        types = definition.slot_types(flags, param.shape, param.dtype)
-        of_parameter = f"state of parameter {name()!r}" if values else ""
-        seen = {
-            field: jax.tree.map(copied_array, read_slot(values[field], type_, param, f"{of_parameter}: {field!r}"))
-            for field, type_ in types.items()
-            if type_ is not None and values.get(field) is not None
-        }
-        complete = all(type_ is None or field in seen for field, type_ in types.items())
-        slots = rule.slots(**dict.fromkeys(types)) if complete else definition.slots(param, hyper, flags)
-        # Where PyTorch keeps no count, the presence of the slots says whether this is the first update.
-        step = as_count(values.get("step", 0), f"{of_parameter}: 'step'") if rule.counts_steps else int(complete)
-        return slots._replace(**seen), step
+def _prepared(
+    definition: Definition, name: Callable[[], str], param: Array, state: ParameterState, hyper: Any, flags: Any
+) -> tuple[Any, int]:
+    """Slots that a step may update in place, and the count of updates.
+
+    Slots that somebody has seen are checked, because they may have been edited, and copied; those that are missing
+    are made.
+    """
+    rule, place = definition.arithmetic, state.place
+    if isinstance(place, Place) and place.fits(definition, flags, param.shape):
+        return place.slots, place.step
+    values = state.peek()
+    types = definition.slot_types(flags, param.shape, param.dtype)
+    of_parameter = f"state of parameter {name()!r}" if values else ""
+    seen = {
+        field: jax.tree.map(copied_array, read_slot(values[field], type_, param, f"{of_parameter}: {field!r}"))
+        for field, type_ in types.items()
+        if type_ is not None and values.get(field) is not None
+    }
+    complete = all(type_ is None or field in seen for field, type_ in types.items())
+    slots = rule.slots(**dict.fromkeys(types)) if complete else definition.slots(param, hyper, flags)
+    # Where PyTorch keeps no count, the presence of the slots says whether this is the first update.
+    step = as_count(values.get("step", 0), f"{of_parameter}: 'step'") if rule.counts_steps else int(complete)
+    return slots._replace(**seen), step
 
 
 def _is_constant(value: Any) -> bool:
@@ -224,33 +239,60 @@ def distinct(arrays: Sequence[Array], others: Any) -> list[Array]:
 def layout(members: Sequence[Member]) -> list[list[int]]:
     """Positions of the members of each bucket: up to 64 of one shape together, then what is left of all shapes.
 
-    Compiling costs by distinct shapes, dispatching by programs, tracing by parameters.
+    Compiling costs by distinct shapes, dispatching by programs, tracing by parameters. Each algorithm has its own
+    buckets; one that takes all parameters at once has one.
     """
-    full, rest = [], []
-    for positions in _alike(members):
-        cut = len(positions) - len(positions) % ALIKE
-        full += [positions[start : start + ALIKE] for start in range(0, cut, ALIKE)]
-        rest += positions[cut:]
-    return full + [rest[start : start + MIXED] for start in range(0, len(rest), MIXED)]
+    result = []
+    for definition, positions in _by(lambda member: member.definition, members):
+        whole, rest = definition.arithmetic.takes == "all", positions
+        if not whole:
+            rest = []
+            for alike in _alike(members, positions):
+                cut = len(alike) - len(alike) % ALIKE
+                result += [alike[start : start + ALIKE] for start in range(0, cut, ALIKE)]
+                rest += alike[cut:]
+        size = len(rest) if whole else MIXED
+        result += [rest[start : start + size] for start in range(0, len(rest), size)]
+    return result
 
 
 def bounded_layout(members: Sequence[Member]) -> list[list[int]]:
     """Split each shape into runs of 64, 32, ..., 1: at most seven programs, whichever parameters have gradients."""
     result = []
-    for positions in _alike(members):
-        size = ALIKE
-        while positions:
-            if len(positions) < size:
-                size //= 2
-                continue
-            result.append(positions[:size])
-            positions = positions[size:]
+    for definition, of_one in _by(lambda member: member.definition, members):
+        if definition.arithmetic.takes == "all":
+            result.append(of_one)
+            continue
+        result += _runs(members, of_one)
     return result
 
 
-def _alike(members: Sequence[Member]) -> list[list[int]]:
+def _runs(members: Sequence[Member], positions: Sequence[int]) -> list[list[int]]:
+    result = []
+    for left in _alike(members, positions):
+        size = ALIKE
+        while left:
+            if len(left) < size:
+                size //= 2
+                continue
+            result.append(left[:size])
+            left = left[size:]
+    return result
+
+
+def in_order(members: Sequence[Member], order: Sequence[int]) -> list[list[int]]:
+    """One bucket for each algorithm, its parameters in this order."""
+    return [sorted(part, key=order.__getitem__) for _, part in _by(lambda member: member.definition, members)]
+
+
+def _by(key: Callable[[Member], Any], members: Sequence[Member], positions: Sequence[int] | None = None) -> Any:
+    """Positions of members that agree in a key, together."""
+    found: defaultdict[Any, list[int]] = defaultdict(list)
+    for position in range(len(members)) if positions is None else positions:
+        found[key(members[position])].append(position)
+    return list(found.items())
+
+
+def _alike(members: Sequence[Member], positions: Sequence[int]) -> list[list[int]]:
     """Positions of members that compile alike, together."""
-    alike: defaultdict[Any, list[int]] = defaultdict(list)
-    for position, member in enumerate(members):
-        alike[member.signature].append(position)
-    return list(alike.values())
+    return [part for _, part in _by(lambda member: member.signature, members, positions)]

@@ -141,6 +141,10 @@ class Place(NamedTuple):
     shape: tuple[int, ...]  # of the parameter that they were made for
     start: int  # updates done before those of the store
 
+    def fits(self, definition: Definition, flags: Any, shape: tuple[int, ...]) -> bool:
+        """Whether the slots are such as this algorithm keeps, with these flags, for a parameter of this shape."""
+        return (self.store.definition, self.flags, self.shape) == (definition, flags, shape)
+
     @property
     def slots(self) -> Any:
         """The present slots."""

@@ -93,17 +93,18 @@ class Stepper:
         def plan() -> Launch:
             call = self.call_of(groups, handed, loss_function, args)
             grads = dict(zip(call.parameters, call.differentiated, strict=True))  # which have their shapes
-            plan, (row,) = self.planner.planned(groups, state, grads, together=True)
-            (bucket,) = plan.buckets
+            plan, rows = self.planner.planned(groups, state, grads, together=True)
+            slots = [bucket.store.slots for bucket in plan.buckets]
             params = distinct(call.differentiated, call.traced) if donate else call.differentiated
             take = plan.commit(state)
 
             def commit(results: list[Any]) -> list[tuple[Any, str, Any]]:
-                call.write_back(results[0][3])
-                return take(results)
+                ((new_slots, new_params, _, changed),) = results
+                call.write_back(changed)
+                return take(list(zip(new_slots, new_params, strict=True)))
 
-            key = call.structure, bucket.structure, *kinds(call.traced)
-            arguments = call.structure, bucket.structure, bucket.store.slots, params, call.traced, row
+            key = call.structure, plan.structure, *kinds(call.traced)
+            arguments = call.structure, plan.structure, slots, params, call.traced, rows
             return Launch(program, (2, 3) if donate else (2,), [Call(key, arguments)], commit)
 
         ((_, _, loss, _),) = self.handover.launch(plan)

@@ -23,8 +23,13 @@ def table(cls: type, groups: Sequence[Mapping[str, Any]], state: Mapping[Any, An
     """
     keys = [key for key in dict.fromkeys(itertools.chain(*groups)) if key not in ("params", "param_names", "name")]
     # Options that are not arguments of the constructor have no default to compare with.
-    usual = {**defaults, **_usual(cls)}
-    shown = [key for key in keys if key == "lr" or any(_text(g.get(key)) != _text(usual.get(key)) for g in groups)]
+    usual = [_usual(group["algorithm"]) if "algorithm" in group else {**defaults, **_usual(cls)} for group in groups]
+    pairs = list(zip(groups, usual, strict=True))
+    shown = [
+        key
+        for key in keys
+        if key == "lr" or any(key in group and _text(group[key]) != _text(own.get(key)) for group, own in pairs)
+    ]
     header = ["group", "parameters", "elements", "state bytes", *map(str, shown)]
     rows = []
     for index, group in enumerate(groups):
@@ -44,7 +49,9 @@ def table(cls: type, groups: Sequence[Mapping[str, Any]], state: Mapping[Any, An
     return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _usual(cls: type) -> dict[str, Any]:
+def _usual(cls: Any) -> dict[str, Any]:
+    if not isinstance(cls, type):  # an entry that was edited, which the next step refuses
+        return {}
     return {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
 
 
@@ -56,4 +63,6 @@ def _names(names: list[str]) -> str:
 def _text(value: Any) -> str:
     if isinstance(value, (jax.Array, np.ndarray)):
         return str(np.asarray(value))
+    if isinstance(value, type):  # an algorithm
+        return value.__name__
     return f"{value:g}" if isinstance(value, float) else str(value)

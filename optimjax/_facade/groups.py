@@ -14,7 +14,7 @@ from optimjax._core.definition import Definition
 from optimjax._core.foreign import from_tensor
 from optimjax._params.source import ParameterSource, Source, is_single, not_parameters, source_of
 
-__all__ = ["check_not_options", "is_list_of_groups", "new_group", "without_tensors"]
+__all__ = ["check_not_options", "defaults_of", "is_list_of_groups", "new_group", "without_tensors"]
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -27,13 +27,15 @@ def new_group(
     Args:
       given: a dict with ``params`` and options.
       groups: those that there are.
-      defaults: options that the dict may leave out.
-      definition: what updates the group.
+      defaults: options that the dict may leave out, unless it has an ``algorithm``.
+      definition: what updates the group, unless it has an ``algorithm``.
       where: the group's place, for messages.
 
     Raises:
-      TypeError: not a dict, or nothing in it can be a parameter, or an option is misspelt or of another type.
-      ValueError: it has no parameters, an option is out of range, a parameter is in two groups.
+      TypeError: not a dict, or nothing in it can be a parameter, or an option is misspelt, of another type, or one of
+        another algorithm.
+      ValueError: it has no parameters, an option is out of range, a parameter is in two groups, an algorithm that
+        cannot share an optimizer.
     """
     if not isinstance(given, dict):
         raise TypeError(f"param_group must be a dict, but got {type(given).__name__}: {given!r}")
@@ -44,6 +46,11 @@ def new_group(
     if not source.parameters and (params is None or jax.tree_util.all_leaves([params])):
         raise TypeError(not_parameters(f"params{where}", params))
     options = {name: without_tensors(value) for name, value in given.items()}
+    algorithm = options.pop("algorithm", None)
+    if algorithm is not None:
+        definition = _algorithm(algorithm, definition, where)
+        defaults = {"algorithm": definition.owner, **defaults_of(definition, options)}
+        _check_not_of_others(options, definition, where)
     group: dict[str, Any] = {**defaults, **options, "params": list(source.parameters)}
     names = group.pop("param_names", None)
     if isinstance(source, ParameterSource) and source.names is None and names and len(names) == len(source.parameters):
@@ -53,10 +60,49 @@ def new_group(
     names = source.names if source.parameters else names_of_none
     if names is not None:
         group["param_names"] = list(names)
-    _check_keys(given, definition, defaults, where)
+    _check_keys(options, definition, defaults, where)
     definition.check(group, where)
     _check_apart(group, groups, where)
     return group, source
+
+
+def _algorithm(algorithm: Any, own: Definition, where: str) -> Definition:
+    """What updates a group, by its ``algorithm``: a class, or the name of one of ours."""
+    known = {definition.name: definition for definition in _definition.package}
+    if isinstance(algorithm, str):
+        if algorithm not in known:
+            near = difflib.get_close_matches(algorithm, known, n=1)
+            hint = f": did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+            raise ValueError(f"algorithm{where} must be an optimizer class or the name of one, got {algorithm!r}{hint}")
+        definition = known[algorithm]
+    else:
+        definition = getattr(algorithm, "definition", None)
+        if not isinstance(algorithm, type) or not isinstance(definition, Definition):
+            raise TypeError(f"algorithm{where} must be an optimizer class or the name of one, got {algorithm!r}")
+    for one in (own, definition):
+        if one.rule is None or (one is definition and one.own_step):
+            raise ValueError(
+                f"{one.name} has a step of its own, so it cannot share an optimizer with another algorithm{where}"
+            )
+    return definition
+
+
+def defaults_of(definition: Definition, options: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """The options of a group with an ``algorithm``, with the defaults of its class."""
+    given = {name: value for name, value in options.items() if name in definition.hyperparameters.kinds}
+    return {name: without_tensors(value) for name, value in definition.defaults(**given).items()}
+
+
+def _check_not_of_others(options: Mapping[str, Any], definition: Definition, where: str) -> None:
+    """Raise for an option of another of our algorithms, which would have no effect."""
+    known = definition.hyperparameters.kinds
+    for name in options:
+        others = [other.name for other in _definition.package if name in other.hyperparameters.kinds]
+        if name not in known and others:
+            raise TypeError(
+                f"{name!r}{where} is an option of {', '.join(others[:3])}; {definition.name}, the algorithm of this "
+                f"group, knows {sorted(known)}"
+            )
 
 
 def _check_keys(group: Mapping[str, Any], definition: Definition, defaults: Mapping[str, Any], where: str) -> None:

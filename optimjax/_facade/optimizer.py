@@ -13,7 +13,7 @@ from jax import Array
 
 from optimjax._core.algorithm import Algorithm
 from optimjax._core.contract import Rule
-from optimjax._core.definition import UNBOUND, Definition, package
+from optimjax._core.definition import UNBOUND, Definition, of_group, package
 from optimjax._core.hyperparameters import Hyperparameters
 from optimjax._core.sparse import zeros_like
 from optimjax._core.tree import check_gradient
@@ -125,25 +125,29 @@ class Optimizer:
         """Add a group of parameters, with its own options.
 
         Args:
-          param_group: ``params``, anything that an optimizer takes, and any of the hyperparameters.
+          param_group: ``params``, anything that an optimizer takes, and any of the hyperparameters. With an
+            ``algorithm``, an optimizer class or the name of one of ours, the group is updated by that: it takes the
+            options of that class, with the defaults of that class.
 
         Raises:
-          TypeError: not a dict, or an option that this optimizer does not know.
-          ValueError: a parameter is in two groups, an option is out of range, some groups have names and some not.
+          TypeError: not a dict, or an option that this optimizer does not know, or one of another algorithm.
+          ValueError: a parameter is in two groups, an option is out of range, some groups have names and some not; an
+            algorithm that cannot share an optimizer (LBFGS, one with a ``step`` of its own).
         """
         self._check_trace()
         where = f" of param_groups[{len(self.param_groups)}]"
         group, source = new_group(param_group, self.param_groups, self.defaults, self.definition, where)
-        hyper, flags = self.definition.resolve(group, where)
+        definition = of_group(group, self.definition)
+        hyper, flags = definition.resolve(group, where)
         for parameter in group["params"]:
-            self.definition.check_param(parameter.value, flags, parameter.__str__)
+            definition.check_param(parameter.value, flags, parameter.__str__)
         before = self._handed
         handed = before.extended(source, group["params"])
         try:
-            if self.rule is not None and self.rule.eager:
+            if definition.rule is not None and definition.rule.eager:
                 for parameter in group["params"]:
-                    slots = self.definition.slots(parameter.value, hyper, flags)
-                    self.state[parameter].update(self.definition.entries(slots, 0))
+                    slots = definition.slots(parameter.value, hyper, flags)
+                    self.state[parameter].update(definition.entries(slots, 0))
             self._handed = handed
             self.param_groups.append(group)
         except BaseException:  # an interrupt
@@ -368,7 +372,7 @@ class Optimizer:
         state_dict = self._hooks.load_state_dict_pre.replace(self, state_dicts.as_dict(state_dict))
         with self._looking():
             groups, state, keys = state_dicts.read(
-                state_dict, self.param_groups, self.state, self.defaults, self._reader,
+                state_dict, self.param_groups, self.state, self.definition, self.defaults, self._reader,
                 strict=strict, in_order=self.definition.name if self.joint_state else "",
             )  # fmt: skip
             before = [dict(group) for group in self.param_groups], dict(self.state)
@@ -385,7 +389,7 @@ class Optimizer:
 
     def _reader(self, group: Mapping[str, Any], where: str) -> state_dicts.Reader:
         """What reads the loaded entries of the parameters of a loaded group."""
-        return state_dicts.reader_of(self.definition, group, where)
+        return state_dicts.reader_of(of_group(group, self.definition), group, where)
 
     def _set(self, groups: Iterable[Mapping[str, Any]], state: Mapping[Any, Any]) -> None:
         """Give the groups, which stay the same objects, and the state these contents."""
@@ -409,10 +413,12 @@ class Optimizer:
     def algorithm(self) -> Algorithm:
         """The same algorithm as pure functions, with the hyperparameters that the groups have now.
 
+        Where groups have an ``algorithm`` of their own, it is a :func:`optimjax.functional.partition`.
+
         Raises:
           ValueError: groups differ in what the functional form has once for all (``amsgrad``, ``maximize``, ...).
         """
-        return self._algorithm(functional_form.hyperparameters(self.definition, self.param_groups, self._view()))
+        return functional_form.algorithm_of(self._algorithm, self.definition, self.param_groups, self._view())
 
     def functional_state(self) -> tuple[Any, Any]:
         """Parameters and state for :attr:`algorithm`: to leave the facade, for a loop inside ``jit``.
@@ -438,7 +444,9 @@ class Optimizer:
         11
         """
         with self._looking():
-            return functional_form.functional_state(self.algorithm, self.param_groups, self.state, self._view())
+            return functional_form.functional_state(
+                self.algorithm, self.definition, self.param_groups, self.state, self._view()
+            )
 
     def load_functional_state(self, params: Any, state: Any) -> None:
         """Take over what :attr:`algorithm` has made of :meth:`functional_state`: to come back to the facade.
@@ -448,7 +456,7 @@ class Optimizer:
         """
         with self._looking():
             values, new = functional_form.taken_over(
-                self.algorithm, self.param_groups, self.state, self._view(), params, state
+                self.algorithm, self.definition, self.param_groups, self.state, self._view(), params, state
             )
             before = {parameter: parameter.value for parameter in values}, dict(self.state)
             try:
@@ -501,7 +509,8 @@ class Optimizer:
         for index, group in enumerate(self.param_groups):
             hidden = ["params"] if given.issuperset(group["params"]) else ["params", "param_names"]
             text += f"\nParameter Group {index}\n"
-            text += "".join(f"    {key}: {group[key]}\n" for key in sorted(group, key=str) if key not in hidden)
+            shown = state_dicts.named(group)
+            text += "".join(f"    {key}: {shown[key]}\n" for key in sorted(group, key=str) if key not in hidden)
         return text + ")"
 
     def _repr_html_(self) -> str:
@@ -526,7 +535,10 @@ class Optimizer:
 def _define(cls: type[Optimizer]) -> None:
     """Give a class its definition."""
     slot_names = cls.slot_names if cls.rule is None else cls.rule.slots._fields
-    cls.definition = Definition(cls, cls.rule, Hyperparameters(cls, Optimizer), slot_names)
+    own_step = any(
+        "step" in vars(base) for base in cls.__mro__ if issubclass(base, Optimizer) and base is not Optimizer
+    )
+    cls.definition = Definition(cls, cls.rule, Hyperparameters(cls, Optimizer), slot_names, own_step)
     if cls.__module__.startswith("optimjax.algorithms."):
         package.append(cls.definition)
 

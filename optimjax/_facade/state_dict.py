@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from optimjax._core.containers import copied, plain
-from optimjax._core.definition import Definition, names_of_others
+from optimjax._core.definition import Definition, names_of_others, of_group
 from optimjax._core.reading import ShapeError, as_count, read_array, read_slot, reading
 from optimjax._engine.state import ParameterState
+from optimjax._facade.groups import defaults_of
 from optimjax._params.parameter import Parameter
 
-__all__ = ["IncompatibleKeys", "as_dict", "pack", "read", "reader_of", "unknown_entry"]
+__all__ = ["IncompatibleKeys", "as_dict", "named", "pack", "read", "reader_of", "unknown_entry"]
 
 Groups = Sequence[dict[str, Any]]
 Reader = Callable[[Parameter, Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
@@ -31,9 +32,14 @@ def pack(groups: Groups, state: Mapping[Any, Any]) -> dict[str, Any]:
     for group in groups:
         for parameter in group["params"]:
             number.setdefault(parameter, len(number))
-        packed.append(copied({**group, "params": [number[parameter] for parameter in group["params"]]}))
+        packed.append(copied({**named(group), "params": [number[parameter] for parameter in group["params"]]}))
     kept = {number[key]: dict(entries) for key, entries in state.items() if key in number and entries}
     return {"state": copied(dict(sorted(kept.items())) | _others(state)), "param_groups": packed}
+
+
+def named(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group with the name of its algorithm in place of the class."""
+    return {key: getattr(value, "__name__", value) if key == "algorithm" else value for key, value in group.items()}
 
 
 class IncompatibleKeys(NamedTuple):
@@ -57,6 +63,7 @@ def read(
     state_dict: Any,
     groups: Groups,
     state: Mapping[Any, Any],
+    own: Definition,
     defaults: Mapping[str, Any],
     reader: Callable[[dict[str, Any], str], Reader],
     *,
@@ -72,7 +79,8 @@ def read(
       state_dict: what was saved.
       groups: those of the optimizer.
       state: what the optimizer keeps.
-      defaults: options of groups that were saved without them.
+      own: what updates the groups that have no ``algorithm``.
+      defaults: options of such groups that were saved without them.
       reader: for a loaded group, and where it is, gives a function that reads the entries of a parameter.
       strict: whether everything must match.
       in_order: the name of an algorithm whose state needs the parameters in the saved order, or nothing.
@@ -83,9 +91,12 @@ def read(
     Raises:
       ValueError: the state dict does not fit.
     """
+    defaults_by_group = [
+        defaults_of(of_group(group, own), group) if "algorithm" in group else defaults for group in groups
+    ]
     with reading():
-        saved_groups = _groups(as_dict(state_dict), defaults)
-    ids, (missing, unexpected) = (_matched if strict else _found)(groups, saved_groups)
+        saved_groups = _groups(as_dict(state_dict), defaults_by_group)
+    ids, (missing, unexpected) = (_matched if strict else _found)(groups, saved_groups, own)
     with reading():
         saved_state, saved_others = _state(state_dict, saved_groups)
         saved_others = copied(saved_others, read_array)
@@ -93,9 +104,13 @@ def read(
     new_state: dict[Any, Any] = {}
     for index, (group, ids_of_group) in enumerate(zip(groups, ids, strict=True)):
         saved = saved_groups[index] if index < len(saved_groups) else group
-        merged = {**defaults, **saved, "params": list(group["params"])}
-        if "param_names" in group:
-            merged["param_names"] = list(group["param_names"])
+        if _algorithm(saved, own) != of_group(group, own).name:  # which strict loading has refused
+            saved = group
+        merged = {**defaults_by_group[index], **saved, "params": list(group["params"])}
+        for key in ("algorithm", "param_names"):
+            merged.pop(key, None)
+            if key in group:
+                merged[key] = copied(group[key])
         new_groups.append(merged)
         entries_of = reader(merged, f" of param_groups[{index}]")
         if in_order and list(ids_of_group) != list(saved["params"]):
@@ -136,7 +151,13 @@ def as_dict(state_dict: Any) -> dict[str, Any]:
     return dict(state_dict)
 
 
-def _groups(state_dict: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _algorithm(saved: Mapping[str, Any], own: Definition) -> str:
+    """The name of the algorithm that a saved group, or one of the optimizer's, is updated by."""
+    algorithm = saved.get("algorithm", own.name)
+    return algorithm.__name__ if isinstance(algorithm, type) else str(algorithm)
+
+
+def _groups(state_dict: Mapping[str, Any], defaults: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The saved groups, with plain values."""
     if not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(f"a state dict has the keys 'state' and 'param_groups', got {sorted(map(str, state_dict))}")
@@ -147,7 +168,8 @@ def _groups(state_dict: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[
         where = f"param_groups[{index}]"
         if not isinstance(saved, Mapping):
             raise ValueError(f"loaded state dict has no dict in {where}, but {saved!r}")
-        group = {key: plain(value, defaults.get(key)) for key, value in saved.items()}
+        usual = defaults[index] if index < len(defaults) else {}
+        group = {key: plain(value, usual.get(key)) for key, value in saved.items()}
         if "params" not in group:
             raise ValueError(f"loaded state dict has no 'params' in {where}, only {sorted(map(str, group))}")
         params, names = group["params"], group.get("param_names", [])
@@ -187,7 +209,9 @@ def _state(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -
     return entries_of, others
 
 
-def _matched(groups: Sequence[Any], saved_groups: Sequence[Any]) -> tuple[list[Sequence[Any]], IncompatibleKeys]:
+def _matched(
+    groups: Sequence[Any], saved_groups: Sequence[Any], own: Definition
+) -> tuple[list[Sequence[Any]], IncompatibleKeys]:
     """The saved ids in the order of each group's parameters; everything must have its counterpart."""
     if len(saved_groups) != len(groups):
         raise ValueError(
@@ -197,6 +221,11 @@ def _matched(groups: Sequence[Any], saved_groups: Sequence[Any]) -> tuple[list[S
     ids = []
     for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         where = f" of param_groups[{index}]"
+        if _algorithm(saved, own) != of_group(group, own).name:
+            raise ValueError(
+                f"loaded state dict has the algorithm {_algorithm(saved, own)}{where}, "
+                f"the optimizer has {of_group(group, own).name}"
+            )
         if len(saved["params"]) != len(group["params"]):
             raise ValueError(
                 "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
@@ -218,28 +247,39 @@ def _matched(groups: Sequence[Any], saved_groups: Sequence[Any]) -> tuple[list[S
     return ids, IncompatibleKeys([], [])
 
 
-def _found(groups: Sequence[Any], saved_groups: Sequence[Any]) -> tuple[list[Sequence[Any]], IncompatibleKeys]:
+def _found(
+    groups: Sequence[Any], saved_groups: Sequence[Any], own: Definition
+) -> tuple[list[Sequence[Any]], IncompatibleKeys]:
     """The saved ids in the order of each group's parameters, ``None`` where there is none, and what has no match.
 
     A name is looked for in the group of the same index; in the others only if it is one parameter's on both sides.
+    State of another algorithm does not match.
     """
     if not all("param_names" in group for group in [*groups, *saved_groups]):
         try:
-            return _matched(groups, saved_groups)
+            return _matched(groups, saved_groups, own)
         except ValueError as error:
             raise ValueError(
                 f"{error}; strict=False needs names on both sides: make the optimizer from optim.named_parameters"
             ) from None
     saved = [dict(zip(group["param_names"], group["params"], strict=True)) for group in saved_groups]
     ours, theirs = (Counter(name for group in side for name in group["param_names"]) for side in (groups, saved_groups))
-    anywhere = {name: saved_id for own in saved for name, saved_id in own.items() if ours[name] == theirs[name] == 1}
+    by_algorithm = [(_algorithm(group, own), ids) for group, ids in zip(saved_groups, saved, strict=True)]
+    anywhere = {
+        (algorithm, name): saved_id
+        for algorithm, ids_of_group in by_algorithm
+        for name, saved_id in ids_of_group.items()
+        if ours[name] == theirs[name] == 1
+    }
     ids, missing = [], []
-    for group, own in zip(groups, itertools.chain(saved, itertools.repeat({})), strict=False):
-        found = [own.get(name, anywhere.get(name)) for name in group["param_names"]]
+    for index, group in enumerate(groups):
+        algorithm = of_group(group, own).name
+        here = by_algorithm[index][1] if index < len(saved) and by_algorithm[index][0] == algorithm else {}
+        found = [here.get(name, anywhere.get((algorithm, name))) for name in group["param_names"]]
         ids.append(found)
         missing += [name for name, saved_id in zip(group["param_names"], found, strict=True) if saved_id is None]
     used = set(itertools.chain.from_iterable(ids))
-    unexpected = [name for own in saved for name, saved_id in own.items() if saved_id not in used]
+    unexpected = [name for group in saved for name, saved_id in group.items() if saved_id not in used]
     return ids, IncompatibleKeys(missing, unexpected)
 
 

@@ -11,11 +11,13 @@ import jax
 from optimjax._params.parameter import Parameter
 from optimjax._params.source import Source, not_parameters, source_of
 
-__all__ = ["ParameterGroups", "group_parameters"]
+__all__ = ["ParameterGroups", "group_parameters", "matcher", "named_source", "nothing_matches"]
 
 
 class ParameterGroups(list[dict[str, Any]]):
-    """What :func:`group_parameters` returns: groups for an optimizer, and the whole that they were made from.
+    """Groups for an optimizer, and the whole that they were made from.
+
+    :func:`group_parameters` and :func:`optimjax.muon_groups` return it.
 
     Attributes:
       source: the tree or module.
@@ -62,12 +64,7 @@ def group_parameters(params: Any, rules: Sequence[Mapping[str, Any]]) -> Paramet
     >>> print(optimizer.params["base"]["w"], optimizer.params["base"]["b"], optimizer.params["head"]["w"])
     [0.9 0.9] [1. 1.] [0. 0.]
     """
-    source = source_of(params)
-    if not source.parameters and jax.tree_util.all_leaves([params]):
-        raise TypeError(not_parameters("params", params))
-    if source.names is None:
-        raise ValueError("parameters without names cannot be grouped by name: give (name, Parameter) pairs")
-    named = list(zip(source.names, source.parameters, strict=True))
+    source, named = named_source(params, "params")
     left = dict(named)
     groups, frozen, grads = [], [], {}
     for index, rule in enumerate(rules):
@@ -76,10 +73,10 @@ def group_parameters(params: Any, rules: Sequence[Mapping[str, Any]]) -> Paramet
             raise TypeError(f"{where} must be a dict with 'params', got {rule!r}")
         if not isinstance(rule.get("requires_grad", True), bool):
             raise TypeError(f"'requires_grad' of {where} must be True or False, got {rule['requires_grad']!r}")
-        matches = _matcher(rule["params"], where)
+        matches = matcher(rule["params"], f"'params' of {where}")
         members = [(name, parameter) for name, parameter in left.items() if matches(name, parameter.value)]
         if not members:
-            raise ValueError(_nothing(where, rule["params"], matches, named))
+            raise ValueError(nothing_matches(where, rule["params"], matches, named))
         for name, parameter in members:
             del left[name]
             grads[parameter] = rule.get("requires_grad", parameter.requires_grad)
@@ -97,22 +94,45 @@ def group_parameters(params: Any, rules: Sequence[Mapping[str, Any]]) -> Paramet
     return ParameterGroups(groups, source, frozen)
 
 
+def named_source(params: Any, what: str) -> tuple[Source, list[tuple[str, Parameter]]]:
+    """The source of what is to be grouped, and its parameters with their names.
+
+    Raises:
+      TypeError: the argument ``what`` has no parameters.
+      ValueError: its parameters have no names.
+    """
+    source = source_of(params)
+    if not source.parameters and jax.tree_util.all_leaves([params]):
+        raise TypeError(not_parameters(what, params))
+    if source.names is None:
+        raise ValueError("parameters without names cannot be grouped by name: give (name, Parameter) pairs")
+    return source, list(zip(source.names, source.parameters, strict=True))
+
+
 def _names(params: Any) -> Any:
     """Names only, so that the assignment is readable; items that the user added are unchanged."""
     return [item[0] if isinstance(item, tuple) else item for item in params] if isinstance(params, list) else params
 
 
-def _matcher(pattern: Any, where: str) -> Callable[[str, Any], Any]:
+def matcher(pattern: Any, what: str) -> Callable[[str, Any], Any]:
+    """The function ``(name, value)`` that says whether a pattern matches.
+
+    Raises:
+      TypeError: ``what`` is not a pattern.
+    """
     if isinstance(pattern, str):
         return lambda name, value: fnmatch.fnmatchcase(name, pattern)
     if isinstance(pattern, re.Pattern):
         return lambda name, value: pattern.search(name)
     if callable(pattern):
         return pattern
-    raise TypeError(f"'params' of {where} must be a glob, a compiled regular expression or a function, got {pattern!r}")
+    raise TypeError(f"{what} must be a glob, a compiled regular expression or a function, got {pattern!r}")
 
 
-def _nothing(where: str, pattern: Any, matches: Callable[[str, Any], Any], named: list[tuple[str, Parameter]]) -> str:
+def nothing_matches(
+    where: str, pattern: Any, matches: Callable[[str, Any], Any], named: list[tuple[str, Parameter]]
+) -> str:
+    """The message for a pattern that has no parameter; it names those with a similar name."""
     text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
     taken = [name for name, parameter in named if matches(name, parameter.value)]
     if taken:

@@ -8,25 +8,29 @@ r"""Muon: momentum, orthogonalised, for the weight matrices of hidden layers.
     \theta_t &\leftarrow (1 - \gamma \lambda)\, \theta_{t-1} - \gamma\, r\, X_K
 
 with learning rate :math:`\gamma`, weight decay :math:`\lambda`, momentum :math:`\mu`, Newton-Schulz coefficients
-:math:`(a, b, c)` and steps :math:`K`. For a matrix of :math:`A` rows and :math:`B` columns, :math:`r` is
-:math:`\sqrt{\max(1, A / B)}`, or :math:`0.2 \sqrt{\max(A, B)}` to match the root mean square of AdamW's updates. A
-matrix with more rows than columns is transposed meanwhile, so that :math:`G` is the smaller of the two products. The
-iteration brings singular values near 1: to between 0.7 and 1.2, but for very small ones.
+:math:`(a, b, c)`, which may be others in each step, and steps :math:`K`. For a matrix of :math:`A` rows and :math:`B`
+columns, :math:`r` is :math:`\sqrt{\max(1, A / B)}`, or :math:`0.2 \sqrt{\max(A, B)}` to match the root mean square of
+AdamW's updates, or :math:`\sqrt{A / B}`. A matrix with more rows than columns is transposed meanwhile, so that
+:math:`G` is the smaller of the two products. The iteration brings singular values near 1: to between 0.7 and 1.2, but
+for very small ones.
 
 Source: Jordan and others, "Muon: an optimizer for hidden layers in neural networks", 2024,
 https://kellerjordan.github.io/posts/muon; the second :math:`r`: Liu and others, "Muon is scalable for LLM training",
-2025 (arXiv:2502.16982).
+2025 (arXiv:2502.16982); the third: Bernstein, "Deriving Muon", 2025, https://jeremybernste.in/writing/deriving-muon;
+``"polar_express"``: Amsel and others, "The Polar Express", 2025 (arXiv:2505.16932); ``gram``: Zhang, Amsel, Chen, Dao,
+"Gram Newton-Schulz", 2026, https://dao-ailab.github.io/blog/2026/gram-newton-schulz.
 
 Differs from PyTorch:
 
-1. ``ns_dtype`` and ``matrix_axes`` are additions. At their defaults they change nothing.
+1. ``ns_dtype``, ``matrix_axes``, ``blocks`` and ``gram`` are additions, as are names and sequences of triples for
+   ``ns_coefficients``. At their defaults they change nothing.
 2. Complex parameters, ``ns_steps`` above 99 and a number of ``ns_coefficients`` other than three are refused when the
    optimizer is made, not in its first step. A negative ``eps`` or ``ns_steps`` is refused, too.
 3. A matrix without columns is left alone; in PyTorch it divides by zero.
 4. In half precision the momentum is computed in float32.
 5. Without ``nesterov`` PyTorch, up to 2.14, normalises the momentum buffer of a bfloat16 parameter in place
    (pytorch#194664, mended in 2.15). Here the buffer is the momentum alone.
-6. ``adjust_lr_fn="spectral_unclamped"``, new in 2.15, is not here yet.
+6. ``adjust_lr_fn="spectral_unclamped"`` is PyTorch's from 2.15 on; 2.13 and 2.14 refuse it.
 
 Differs from optax:
 
@@ -36,21 +40,28 @@ Differs from optax:
 3. Weight decay defaults to 0.1, not 0; epsilon is a lower bound of the norm, not added to it; the momentum has no bias
    correction.
 4. The iteration runs in bfloat16, in optax in the precision of the gradient.
+5. A table of coefficients may have any number of triples; in optax it has at most ``ns_steps``, and the preset that
+   is ``"quintic"`` here is named ``"dion"`` there.
 """
 
 from __future__ import annotations  # signatures then show `Rate`, not what it stands for
 
-import functools
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optimjax._storage.placement import automatic
+from optimjax.algorithms.parts.matrices import Axes, Blocks, Layout, together
+from optimjax.algorithms.parts.newton_schulz import (
+    Coefficients,
+    Precision,
+    Steps,
+    check_steps,
+    orthogonalize,
+    table_of,
+)
 from optimjax.optimizer import Optimizer
 from optimjax.rule import (
     Epsilon,
@@ -60,19 +71,13 @@ from optimjax.rule import (
     LearningRate,
     Moment,
     NonNegative,
-    Number,
     Numeric,
     Rule,
-    Structural,
-    at_least_float32,
     factory,
     one_of,
-    sqrt,
 )
 
 __all__ = ["Muon", "muon"]
-
-ELEMENTS = 2**20  # of the matrices that are orthogonalised together; benchmarks/muon.py measures it
 
 
 def _at_least_zero(what: str) -> Numeric:
@@ -80,49 +85,19 @@ def _at_least_zero(what: str) -> Numeric:
     return Numeric(minimum=0, message=f"{what} should be >= 0 but is: {{value}}")
 
 
-@dataclass(frozen=True)
-class _Three(Numeric):
-    """Three numbers; PyTorch's error for another number of them."""
-
-    items: tuple[Numeric, ...] = (Numeric(),) * 3
-
-    def check(self, name: str, value: Any) -> None:
-        """See :class:`optimjax.rule.Numeric`."""
-        if not self.may_be_value(value):
-            raise ValueError(f"Coefficients must be a tuple of exactly 3 values, got {value!r}")
-        super().check(name, value)
-
-
 Rate = Annotated[LearningRate, _at_least_zero("Learning rate")]
 Shrinkage = Annotated[NonNegative, _at_least_zero("weight decay")]
 Momentum = Annotated[NonNegative, _at_least_zero("momentum")]
-Coefficients = Annotated[tuple[Number, Number, Number] | Mapping[Any, Any], _Three()]
-
-
-def _steps(name: str, value: Any) -> None:
-    if not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value >= 100:
-        raise ValueError(f"Number of steps must be less than 100 for computational efficiency, got {value}")
-    if value < 0:
-        raise ValueError(f"Number of steps must be at least 0, got {value}")
-
-
-def _axes(name: str, value: Any) -> None:
-    pair = (
-        isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(part, (tuple, list)) for part in value)
-    )
-    if value is not None and not (pair and all(isinstance(axis, int) for part in value for axis in part)):
-        raise ValueError(f"{name} must be None or a pair of tuples of axes, (rows, columns), got {value!r}")
-
-
-Steps = Annotated[int, Structural(_steps)]
 Adjustment = Annotated[
     str | None,
-    one_of(None, "original", "match_rms_adamw", message="Adjust learning rate function {value} is not supported"),
+    one_of(
+        None,
+        "original",
+        "match_rms_adamw",
+        "spectral_unclamped",
+        message="Adjust learning rate function {value} is not supported",
+    ),
 ]
-Precision = Annotated[str | None, one_of(None, "bfloat16", "float32", "float64")]  # float16 loses small gradients
-Axes = Annotated[tuple[tuple[int, ...], tuple[int, ...]] | None, Structural(_axes)]
 
 
 class Slots(NamedTuple):
@@ -137,11 +112,16 @@ class Scalars(NamedTuple):
     lr: Any
     momentum: Any
     one_minus_momentum: Any
-    a: Any
+    a: Any  # these three are zeros where a table is compiled in
     b: Any
     c: Any
     eps: Any
     shrink: Any  # by which weight decay multiplies the parameter
+
+
+def check(hyper: Hyper, flags: Flags) -> None:
+    """A preset that says how many steps it is for has as many."""
+    check_steps(flags.ns_coefficients, flags.ns_steps)
 
 
 def check_param(param: Array, flags: Flags) -> None:
@@ -153,78 +133,16 @@ def check_param(param: Array, flags: Flags) -> None:
             f"Muon only supports 2D parameters whereas we found a parameter with size: {param.shape}; "
             "for more axes set matrix_axes, for fewer use another optimizer"
         )
-    Layout(param.shape, flags.matrix_axes)
+    Layout(param.shape, flags.matrix_axes, flags.blocks)
 
 
-class Layout:
-    """Where the matrices are in an array.
-
-    Attributes:
-      rows, columns: of each matrix.
-    """
-
-    def __init__(self, shape: tuple[int, ...], axes: tuple[tuple[int, ...], tuple[int, ...]] | None):
-        ndim = len(shape)
-        rows, columns = axes or ((0,), (1,))
-        named = [axis % ndim for axis in rows + columns if -ndim <= axis < ndim]
-        if len(set(named)) < len(rows + columns):
-            raise ValueError(f"matrix_axes must name different axes of the parameter, got {axes} for shape {shape}")
-        batch = [axis for axis in range(ndim) if axis not in named]
-        self._order = batch + named
-        self._moved = [shape[axis] for axis in self._order]
-        self.rows, self.columns = (math.prod(shape[axis] for axis in part) for part in (rows, columns))
-        self._matrices = [*self._moved[: len(batch)], self.rows, self.columns]
-
-    def matrices(self, array: Array) -> Array:
-        """The array as a batch of matrices: shape (..., rows, columns)."""
-        return array.transpose(self._order).reshape(self._matrices)
-
-    def array(self, matrices: Array) -> Array:
-        """The array that these are the matrices of."""
-        return matrices.reshape(self._moved).transpose([self._order.index(axis) for axis in range(len(self._order))])
-
-
-def orthogonalize(matrix: Array, scalars: Scalars, steps: int) -> Array:
-    """Newton-Schulz: a matrix with the same singular vectors and singular values near 1.
-
-    Args:
-      matrix: real, of shape (..., rows, columns): a batch of matrices. What is multiplied and stored has its dtype;
-        sums are in float32 at least, and rounded once, as in PyTorch.
-      scalars: coefficients and epsilon.
-      steps: iterations.
-
-    Returns:
-      The same shape and dtype.
-    """
-    dtype = matrix.dtype
-    wide = at_least_float32(dtype)
-    product = functools.partial(jnp.matmul, preferred_element_type=wide)
-    a, b, c, eps = (jnp.asarray(scalar, wide) for scalar in (scalars.a, scalars.b, scalars.c, scalars.eps))
-    tall = matrix.shape[-2] > matrix.shape[-1]
-
-    def iterate(_: Any, x: Array) -> Array:
-        gram = product(x, x.mT).astype(dtype)
-        polynomial = (b * gram.astype(wide) + c * product(gram, gram)).astype(dtype)
-        return (a * x.astype(wide) + product(polynomial, x)).astype(dtype)
-
-    x = matrix.mT if tall else matrix
-    norm = sqrt(jnp.sum(jnp.square(x.astype(wide)), axis=(-2, -1), keepdims=True))
-    x = x / jnp.maximum(norm, eps).astype(dtype)
-    x = jax.lax.fori_loop(0, steps, iterate, x)  # three products to compile, however many steps
-    return x.mT if tall else x
-
-
-def together(arrays: list[Array], scalars: list[Scalars], layout: Layout, steps: int) -> Iterator[Array]:
-    """The matrices in each array orthogonalised, by products of as many as stay in the cache."""
-
-    def one(array: Array, scalar: Scalars) -> Array:
-        return layout.array(orthogonalize(layout.matrices(array), scalar, steps))
-
-    count = max(1, ELEMENTS // arrays[0].size)
-    for start in range(0, len(arrays), count):
-        part = slice(start, start + count)
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(arrays[part], scalars[part], strict=True))
-        yield from automatic(jax.vmap(one), stacked[0])(*stacked)
+def learning_rate_ratio(rows: int, columns: int, adjustment: str | None) -> float:
+    """The factor of the learning rate for a matrix."""
+    if adjustment == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    if adjustment == "spectral_unclamped":
+        return math.sqrt(rows / columns)
+    return math.sqrt(max(1, rows / columns))
 
 
 def init(param: Array, hyper: Hyper, flags: Flags) -> Slots:
@@ -250,7 +168,8 @@ def update(
     """One step of each parameter; all have one shape, and share the products."""
     if not params[0].size:
         return params, slots
-    layout = Layout(params[0].shape, flags.matrix_axes)
+    check_steps(flags.ns_coefficients, flags.ns_steps)  # again, because groups may be edited
+    layout = Layout(params[0].shape, flags.matrix_axes, flags.blocks)
     dtype = flags.ns_dtype or params[0].dtype  # the one place that decides the precision of the orthogonalisation
     new_slots, targets = [], []
     for grad, slot, scalar in zip(grads, slots, scalars, strict=True):
@@ -259,14 +178,24 @@ def update(
             target = scalar.momentum * buffer + scalar.one_minus_momentum * grad
         new_slots.append(Slots(buffer))
         targets.append(target.astype(dtype))
-    if flags.adjust_lr_fn == "match_rms_adamw":
-        ratio = 0.2 * math.sqrt(max(layout.rows, layout.columns))
-    else:
-        ratio = math.sqrt(max(1, layout.rows / layout.columns))
-    directions = together(targets, scalars, layout, flags.ns_steps)
+    table = table_of(flags.ns_coefficients)
+
+    @jax.jit  # which is traced once, however many matrices there are
+    def direction_of(target: Array, scalar: Scalars) -> Array:
+        coefficients = table or (scalar.a, scalar.b, scalar.c)
+        return layout.array(
+            [
+                orthogonalize(matrices, coefficients, scalar.eps, steps=flags.ns_steps, gram=flags.gram)
+                for matrices in layout.matrices(target)
+            ]
+        )
+
+    ratio = layout.numbers(lambda rows, columns: learning_rate_ratio(rows, columns, flags.adjust_lr_fn))
+    if not isinstance(ratio, float):  # blocks of different sizes
+        ratio = jnp.asarray(ratio, params[0].dtype)
     new_params = [
         scalar.shrink * param - scalar.lr * ratio * direction.astype(param.dtype)
-        for param, direction, scalar in zip(params, directions, scalars, strict=True)
+        for param, direction, scalar in zip(params, together(direction_of, targets, scalars), scalars, strict=True)
     ]
     return new_params, new_slots
 
@@ -283,13 +212,17 @@ class Muon(Optimizer):
       weight_decay: times ``lr`` and the parameter, subtracted from the parameter, at least 0.
       momentum: share of the buffer that is kept, at least 0.
       nesterov: Nesterov momentum.
-      ns_coefficients: three coefficients of the Newton-Schulz iteration.
-      eps: lower bound of the norm that a matrix is divided by, at least 0.
+      ns_coefficients: coefficients of the Newton-Schulz iteration: three numbers for all steps; a sequence of such
+        triples, one a step, of which the last one is repeated if there are more steps and which is cut if there are
+        fewer; or the name of one of the sequences below. Names and sequences are compiled in, and are one for all
+        parameters of a group; a list of triples of plain numbers is always a sequence, never a tree of values.
+      eps: lower bound of the norm that a matrix is divided by, at least 0. ``"quintic"`` and ``"polar_express"`` add it
+        to the norm.
       ns_steps: Newton-Schulz iterations, from 0 to 99. Compiled in, as are all below.
       adjust_lr_fn: factor of the learning rate for a matrix of ``A`` rows and ``B`` columns: ``"original"`` or
         ``None``, ``sqrt(max(1, A / B))``; ``"match_rms_adamw"``, ``0.2 * sqrt(max(A, B))``, with which learning rate
-        and weight decay of AdamW can be kept. ``A`` and ``B`` are ``shape[0]`` and ``shape[1]``, or what
-        ``matrix_axes`` says.
+        and weight decay of AdamW can be kept; ``"spectral_unclamped"``, ``sqrt(A / B)``. ``A`` and ``B`` are
+        ``shape[0]`` and ``shape[1]``, or what ``matrix_axes`` and ``blocks`` say.
       ns_dtype: precision of the orthogonalisation: ``"bfloat16"``, as in PyTorch; ``"float32"``; ``"float64"``; or
         ``None``, the precision of the rest of the update, which is float32, or float64 for float64 parameters. Only
         the direction is rounded to it, never momentum, weight decay or the parameter. On a GPU or TPU,
@@ -297,6 +230,26 @@ class Muon(Optimizer):
       matrix_axes: ``None``, two axes only, ``shape == (rows, columns)``; or ``(rows, columns)``, two tuples of axes,
         negative ones from the end. Axes of one tuple are merged in its order; axes in neither are a batch, each element
         of which is a matrix of its own.
+      blocks: how the rows of a fused kernel fall into matrices of their own, each with a factor of the learning rate of
+        its own: ``None``, one matrix; a number of equal blocks, which divides the rows; or a tuple with the rows of
+        each block, from the first row to the last. Rows are those that ``matrix_axes`` makes.
+      gram: whether two steps at a time are taken on the product of the matrix with itself, wherever that is less work:
+        where one side is more than 1.5 times as long as the other. The results are the same but for rounding. With
+        sides of 1 to 2 a step multiplies 0.92 times as much, with 1 to 4 0.78 times; on two cores of a CPU it took 0.84
+        to 0.94 and 0.75 to 0.91 times as long. In bfloat16 rounding moved well-conditioned matrices up to 3 times as
+        far as without (5 % of the norm, with ``"polar_express"``), and others no farther.
+
+    =====================  ==============  ==================================================
+    ``ns_coefficients``    ``ns_steps``    polynomials
+    =====================  ==============  ==================================================
+    ``"standard"``         any             the default: singular values from 0.7 to 1.2
+    ``"quintic"``          5               You Jiacheng's, which come nearer to 1
+    ``"polar_express"``    5 or more       the best one in each step, converging to 1
+    ``"deepseek_v4"``      10 or more      eight standard steps, and two that converge to 1
+    =====================  ==============  ==================================================
+
+    Some sources multiply the norm before they divide by it, ``"polar_express"`` by 1.01. The name stands for that, too;
+    in a sequence of your own, divide the first triple by ``s``, ``s**3`` and ``s**5`` instead.
 
     PyTorch's weights have the shape (out, in), so that ``A / B`` is out / in. Kernels of Flax have (in, out): rows are
     then the last axis. The orthogonalisation is the same either way, the factor is not.
@@ -312,8 +265,18 @@ class Muon(Optimizer):
     ``Conv``                                (height, width, in, out)    ``((3,), (0, 1, 2))``
     ======================================  ==========================  ============================
 
+    ======================================  ==========================  ============================
+    fused kernel                            rows                        ``blocks``
+    ======================================  ==========================  ============================
+    query, key and value of one size        3 * size                    ``3``
+    query, and fewer keys and values        query + key + value         ``(query, key, value)``
+    each head by its own                    heads * head                ``heads``
+    gate and up of a gated layer            2 * hidden                  ``2``
+    ======================================  ==========================  ============================
+
     Raises:
-      ValueError: a hyperparameter is out of range, a parameter has not two axes, or not those of ``matrix_axes``.
+      ValueError: a hyperparameter is out of range, a parameter has not two axes, or not those of ``matrix_axes``; the
+        ``blocks`` are not all of its rows; ``"deepseek_v4"`` has fewer than ten steps.
       RuntimeError: a parameter is complex.
 
     >>> import jax.numpy as jnp, optimjax as optim
@@ -323,6 +286,16 @@ class Muon(Optimizer):
     >>> print(jnp.round(100 * optimizer.params["kernel"]))  # near lr * sqrt(4 / 2), which is 0.14
     [[-10.   0.   0.   0.]
      [  0.  16.   0.   0.]]
+
+    Query, key and value in one weight, of two heads and one head, and coefficients that converge:
+
+    >>> weight = jnp.arange(24.0).reshape(8, 3) % 5  # two rows each for the heads
+    >>> options = {"ns_coefficients": "polar_express", "ns_steps": 8, "ns_dtype": None}
+    >>> muon = optim.functional.muon(lr=1.0, weight_decay=0, blocks=(4, 2, 2), **options)
+    >>> params = muon.update(jnp.zeros((8, 3)), weight, muon.init(weight))[0]
+    >>> print(jnp.round(params[6:] @ params[6:].T, 3))  # the rows of the value are orthonormal
+    [[1. 0.]
+     [0. 1.]]
 
     As a pure function, :func:`optimjax.functional.muon`:
 
@@ -334,7 +307,7 @@ class Muon(Optimizer):
      [  0. -11.]] 1
     """
 
-    rule = Rule(Slots, init, scalars, update, check_param=check_param, counts_steps=False, takes="alike")
+    rule = Rule(Slots, init, scalars, update, check=check, check_param=check_param, counts_steps=False, takes="alike")
 
     def __init__(
         self,
@@ -350,6 +323,8 @@ class Muon(Optimizer):
         *,
         ns_dtype: Precision = "bfloat16",
         matrix_axes: Axes = None,
+        blocks: Blocks = None,
+        gram: Flag = False,
     ):
         defaults = dict(
             lr=lr,
@@ -362,6 +337,8 @@ class Muon(Optimizer):
             adjust_lr_fn=adjust_lr_fn,
             ns_dtype=ns_dtype,
             matrix_axes=matrix_axes,
+            blocks=blocks,
+            gram=gram,
         )
         super().__init__(params, defaults)
 

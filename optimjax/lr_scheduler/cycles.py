@@ -29,15 +29,16 @@ def _uses_beta1(optimizer: Optimizer, key: str) -> bool:
     """Whether it is the first of ``betas`` that is cycled, not ``momentum``."""
     if key == "momentum":
         raise ValueError("key='momentum' needs cycle_momentum=False: both schedule the momentum")
-    if "momentum" not in optimizer.defaults and "betas" not in optimizer.defaults:
+    if not any("momentum" in group or "betas" in group for group in optimizer.param_groups):
         raise ValueError("optimizer must support momentum or beta1 with `cycle_momentum` option enabled")
     return "betas" in optimizer.defaults
 
 
 def _write_momentum(group: dict[str, Any], value: Any) -> None:
+    """Write what a group has of the two; one whose algorithm has neither stays as it is."""
     if "betas" in group:
         group["betas"] = (value, *group["betas"][1:])
-    else:
+    elif "momentum" in group:
         write(group, "momentum", value)
 
 

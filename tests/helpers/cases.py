@@ -66,6 +66,7 @@ class Case:
       steps: updates after which all of the arithmetic has been at work.
       scalar_slots: state that is one number for a parameter: float64 if the parameter is, else float32.
       reduced_slots: state of a shape of its own, which parameters with fewer axes, or with more, do not have.
+      by_rounding: hyperparameters that change the order of the arithmetic, and so the results by rounding alone.
       seen_in: for a hyperparameter that changes no parameter, the slot that it changes.
       towards: for a hyperparameter that cannot be scaled towards 0, such as a factor above 1, what it can be scaled
         towards.
@@ -97,6 +98,7 @@ class Case:
     steps: int = 3
     scalar_slots: tuple[str, ...] = ()
     reduced_slots: tuple[str, ...] = ()
+    by_rounding: tuple[str, ...] = ()
     seen_in: Mapping[str, str] = field(default_factory=dict)
     towards: Mapping[str, float] = field(default_factory=dict)
     rate_message: str = "Invalid learning rate: {}"
@@ -570,13 +572,19 @@ MUON = Case(
         "adjust_lr_fn": "match_rms_adamw",
         "ns_dtype": "bfloat16",
         "matrix_axes": ((1,), (0,)),
+        "blocks": 3,
+        "gram": True,
     },
-    needs={"momentum": {"eps": 10.0}, "nesterov": {"eps": 10.0}},  # of a longer column the length has no effect
+    needs={
+        "momentum": {"eps": 10.0},  # of a longer column the length has no effect
+        "nesterov": {"eps": 10.0},
+    },
     temporary=math.inf,  # the products; see test_muon.py
     rate_message="Learning rate should be >= 0 but is: {}",
     complex_message="Muon does not support complex parameters",
     matrices=True,
-    beyond=("ns_dtype", "matrix_axes"),
+    beyond=("ns_dtype", "matrix_axes", "blocks", "gram"),
+    by_rounding=("gram",),
     descent=Descent(0.05, 1e-7, options={"weight_decay": 0}),
 )
 

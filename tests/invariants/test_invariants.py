@@ -353,7 +353,8 @@ def test_each_hyperparameter_changes_the_result(case: Case, name: str) -> None:
         return optimizer.state[boxes(optimizer)[0]][slot] if slot else optimizer.params["w"]
 
     for run in (functional, facade):
-        assert np.abs(run(changed) - run(options)).max() > 1e-4
+        difference = np.abs(run(changed) - run(options)).max()
+        assert 0 < difference < 1e-4 if name in case.by_rounding else difference > 1e-4
 
 
 @each("ignored")

@@ -13,33 +13,15 @@ import numpy as np
 import pytest
 from cases import MUON
 from flax import nnx
+from muon_runs import direction, lowered, normal, one_step, products
 from reference import Result, facade, functional, pytorch, random_gradients, random_parameters
 
 import optimjax as optim
 from optimjax import functional as F
 from optimjax._engine.bucket import update_bucket
-from optimjax.algorithms import muon as module
+from optimjax.algorithms.parts import matrices
 
 SHAPES = [(3, 4), (4, 3), (16, 16), (1, 5), (5, 1), (0, 3)]
-
-
-def normal(*shape: int, seed: int = 0, dtype: Any = np.float64) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
-
-
-def one_step(params: Any, grads: Any, **options: Any) -> Any:
-    """The parameters after one update, which is the direction alone: from zeros, without decay, at rate 1."""
-    algorithm = F.muon(**{"lr": 1.0, "weight_decay": 0, "ns_dtype": None, **options})
-    return algorithm.update(params, grads, algorithm.init(params))[0]
-
-
-def direction(grad: Any, **options: Any) -> Any:
-    return one_step(jnp.zeros_like(grad), jnp.asarray(grad), **options)
-
-
-def products(text: str) -> int:
-    """The matrix products in a lowered or compiled program."""
-    return len(re.findall(r"stablehlo\.dot_general|= \S+ dot\(", text))
 
 
 # --- Numbers --------------------------------------------------------------------------------------------------------
@@ -208,11 +190,6 @@ def test_empty_matrices(shape: tuple[int, int], adjust_lr_fn: Any) -> None:
 # --- One product for matrices of one shape --------------------------------------------------------------------------
 
 
-def lowered(params: Any, **options: Any) -> Any:
-    algorithm = F.muon(**options)
-    return jax.jit(algorithm.update).lower(params, params, algorithm.init(params))
-
-
 @pytest.mark.parametrize("count", [1, 2, 24])
 @pytest.mark.parametrize("steps", [1, 5, 50])
 def test_matrices_of_one_shape_share_each_product(usual: Any, count: int, steps: int) -> None:
@@ -247,7 +224,7 @@ def test_together_or_alone_they_are_the_same(
     usual: Any, torch: Any, x64: None, monkeypatch: pytest.MonkeyPatch, elements: int
 ) -> None:
     jax.clear_caches()
-    monkeypatch.setattr(module, "ELEMENTS", elements)
+    monkeypatch.setattr(matrices, "ELEMENTS", elements)
     params = random_parameters([((3, 4), np.float64)] * 7)
     grads = random_gradients(params, 5)
     text = lowered([jnp.asarray(p) for p in params]).compile(usual).as_text()

@@ -1,0 +1,159 @@
+"""Several algorithms as one: each updates the parameters that have its label."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from optimjax._core.algorithm import Algorithm, Params, State, check_order, state_class
+from optimjax._core.definition import Definition
+from optimjax._core.hyperparameters import Hyperparameters
+from optimjax._core.tree import copied_array, flatten_params, match, names
+
+__all__ = ["Partition", "partition"]
+
+
+class Partition(Algorithm):
+    """What :func:`optimjax.functional.partition` returns."""
+
+    def __post_init__(self) -> None:
+        if not self.algorithms:
+            raise ValueError("partition needs at least one algorithm, got {}")
+        for label, algorithm in self.algorithms.items():
+            if not isinstance(label, str) or not label.isidentifier() or label.startswith("_") or label == "step":
+                raise ValueError(f"a label names a field of the state: it must be an identifier, got {label!r}")
+            if not isinstance(algorithm, Algorithm):
+                raise TypeError(f"the algorithm of label {label!r} must be made by optim.functional, got {algorithm!r}")
+            if type(algorithm) is not Algorithm:
+                raise ValueError(f"{algorithm.name} cannot be a part of a partition: it has no rule for one parameter")
+
+    @property
+    def algorithms(self) -> Mapping[str, Algorithm]:
+        """The algorithm of each label."""
+        return self.values["algorithms"]
+
+    def __repr__(self) -> str:
+        return f"partition({dict(self.algorithms)!r}, {self.values['labels']!r})"
+
+    def init(self, params: Any) -> Any:
+        """The state before the first update: ``step``, then for each label the state of its algorithm."""
+        leaves, treedef = flatten_params(params)
+        labels = self._labels(params)
+        self._check_used(labels)
+        states = [
+            algorithm.init(treedef.unflatten(_only(label, labels, leaves)))
+            for label, algorithm in self.algorithms.items()
+        ]
+        # A step of its own, because a state may be donated.
+        return self.state_class(copied_array(states[0].step), *states)
+
+    def update(self, params: Params, grads: Any, state: State, **overrides: Any) -> tuple[Params, State]:
+        """One update of every parameter; an override is a dict for a label, ``muon={"lr": 0.1}``."""
+        known = cast(Any, state)
+        leaves, treedef = flatten_params(params)
+        check_order(grads, self.state_class)
+        if not isinstance(state, self.state_class):
+            raise TypeError(
+                f"state must be the {self.state_class.__name__}{self.state_class._fields} that this algorithm's init "
+                f"returns, got {type(state).__name__}{getattr(state, '_fields', '')}"
+            )
+        self._check_overrides(overrides)
+        gradients = match(treedef, grads, lambda: names(params))
+        labels = self._labels(params)
+        self._check_used(labels)
+        updated: list[Any] = list(leaves)
+        states = []
+        for label, algorithm in self.algorithms.items():
+            new, own = algorithm.update(
+                treedef.unflatten(_only(label, labels, leaves)),
+                treedef.unflatten(_only(label, labels, gradients)),
+                getattr(known, label),
+                **overrides.get(label, {}),
+            )
+            states.append(own)
+            of_label = iter(jax.tree.leaves(new))
+            updated = [next(of_label) if own == label else old for own, old in zip(labels, updated, strict=True)]
+        return treedef.unflatten(updated), self.state_class(jnp.asarray(known.step) + 1, *states)
+
+    @property
+    def state_class(self) -> Any:
+        """The NamedTuple of the state."""
+        return state_class("Partition", tuple(self.algorithms))
+
+    def _labels(self, params: Any) -> list[str]:
+        """The label of each leaf.
+
+        Raises:
+          ValueError: there is no algorithm for one, or the labels have another structure.
+        """
+        given = self.values["labels"]
+        paths = names(params)
+        if callable(given) and jax.tree_util.all_leaves([given]):
+            labels: list[Any] = [given(name, leaf) for name, leaf in zip(paths, jax.tree.leaves(params), strict=True)]
+        else:
+            prefix, treedef = jax.tree.flatten(given)
+            try:
+                subtrees = treedef.flatten_up_to(params)
+            except ValueError as error:
+                raise ValueError(f"labels must be a tree that is a prefix of the parameters: {error}") from None
+            labels = [
+                label for label, tree in zip(prefix, subtrees, strict=True) for _ in range(len(jax.tree.leaves(tree)))
+            ]
+        for name, label in zip(paths, labels, strict=True):
+            if not isinstance(label, str) or label not in self.algorithms:
+                raise ValueError(
+                    f"parameter {name or 'params'!r} has the label {label!r}; there are algorithms for "
+                    f"{', '.join(map(repr, self.algorithms))}"
+                )
+        return labels
+
+    def _check_used(self, labels: list[str]) -> None:
+        if unused := [label for label in self.algorithms if label not in labels]:
+            raise ValueError(f"no parameter has the label {unused[0]!r}")
+
+    def _check_overrides(self, overrides: Mapping[str, Any]) -> None:
+        for label, values in overrides.items():
+            if label not in self.algorithms or not isinstance(values, Mapping):
+                raise TypeError(
+                    f"update() got {label}={values!r}: a partition takes a dict of hyperparameters for a label, which "
+                    f"are {', '.join(self.algorithms)}"
+                )
+
+
+# Its hyperparameters are those of its parts.
+Partition.definition = Definition(Partition, None, Hyperparameters(object, object), ())
+
+
+def partition(algorithms: Mapping[str, Algorithm], labels: Callable[[str, Any], str] | Any) -> Algorithm:
+    """Several algorithms as one :class:`optimjax.functional.Algorithm`, each for the parameters of one label.
+
+    The state has ``step`` and a field for each label: the state of that algorithm, with ``None`` in place of the other
+    parameters. ``update`` takes overrides by label: ``update(params, grads, state, muon={"lr": 0.01})``.
+
+    Args:
+      algorithms: by label; a label is an identifier.
+      labels: a tree of labels that is a prefix of the parameters, or a function ``(dotted name, value) -> label``.
+
+    Raises:
+      ValueError: no algorithm, or one without a rule for one parameter (LBFGS); at ``init``, a label without
+        parameters, a parameter without a label, or labels of another structure.
+      TypeError: what is not an algorithm.
+
+    >>> import jax.numpy as jnp
+    >>> from optimjax import functional as F
+    >>> params = {"hidden": jnp.eye(2), "bias": jnp.zeros(2)}
+    >>> both = F.partition(
+    ...     {"muon": F.muon(lr=0.02), "adamw": F.adamw(lr=3e-4)},
+    ...     lambda name, value: "muon" if value.ndim == 2 else "adamw",
+    ... )
+    >>> state = both.init(params)
+    >>> params, state = both.update(params, params, state)
+    >>> print(state.step, state.muon.momentum_buffer["bias"], state.adamw.exp_avg["bias"])
+    1 None [0. 0.]
+    """
+    return Partition(Partition.definition, {"algorithms": dict(algorithms), "labels": labels})
+
+
+def _only(label: str, labels: list[str], values: list[Any]) -> list[Any]:
+    return [value if own == label else None for own, value in zip(labels, values, strict=True)]
