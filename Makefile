@@ -54,12 +54,13 @@ format: .venv/test ## format, and mend what the linter can mend
 docs: .venv/docs ## build the documentation, docs/_build/index.html
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
 
-bench: .venv/test ## time a step beside optax and PyTorch, and measure where these differ
+bench: .venv/test ## time a step alongside optax and PyTorch, and measure where these differ
 	$(BIN)/python benchmarks/differences.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/loss_step.py
 	$(BIN)/python benchmarks/sparse.py
 	$(BIN)/python benchmarks/clip.py
+	$(BIN)/python benchmarks/muon.py --layers 2
 
 mutations: .venv/test ## break the library in 40 places and see whether the tests notice: about an hour
 	$(BIN)/python tests/mutations.py

@@ -1,4 +1,4 @@
-"""Time value, gradient and update of a small `flax.nnx` network: `optimizer.step(loss_fn, ...)` beside `nnx.Optimizer`.
+"""Time value, gradient and update of a small `flax.nnx` network: `step(loss_fn, ...)` alongside `nnx.Optimizer`.
 
 `python benchmarks/loss_step.py` prints medians over interleaved calls, in microseconds.
 """

@@ -1,4 +1,4 @@
-"""Time a step that touches 256 rows of an embedding table: SparseAdam beside dense Adam and PyTorch's SparseAdam.
+"""Time a step that touches 256 rows of an embedding table: SparseAdam alongside dense Adam and PyTorch's SparseAdam.
 
 `python benchmarks/sparse.py` prints, for tables of 10^4, 10^5 and 10^6 rows of 32 floats, the median and the least time
 of steps in random order, and of the functional updates the temporary memory. Where the cost grows with the rows that a

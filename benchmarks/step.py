@@ -1,4 +1,4 @@
-"""Time one optimizer step beside optax and PyTorch: `python benchmarks/step.py [--sets mlp small ...] [--rounds N]`.
+"""Time one optimizer step alongside optax and PyTorch: `python benchmarks/step.py [--sets mlp small ...] [--rounds N]`.
 
 The contenders take turns within one run, so that a noisy machine is noisy for all; the figures are medians over the
 turns. "first" is the first call in a cleared cache: making the state, tracing, lowering, compiling and one step.
