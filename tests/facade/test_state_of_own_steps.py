@@ -77,7 +77,7 @@ def beside(optimizer: Any) -> dict[Any, Any]:
     return {key: dict(value) for key, value in optimizer.state.items() if isinstance(key, str)}
 
 
-def test_state_beside_the_parameters_is_saved_and_loaded_as_in_pytorch(torch: Any) -> None:
+def test_state_alongside_the_parameters_is_saved_and_loaded_as_in_pytorch(torch: Any) -> None:
     def script(optimizers: Any) -> Any:
         first, second = optimizers
         first.step()
@@ -106,7 +106,7 @@ def test_state_beside_the_parameters_is_saved_and_loaded_as_in_pytorch(torch: An
     assert (keys, loaded, after) == expected
 
 
-def test_state_beside_the_parameters_through_json_and_partly() -> None:
+def test_state_alongside_the_parameters_through_json_and_partly() -> None:
     first, second = run_adam(), run_adam()
     first.state["global"] = {"count": 3, "values": np.ones(1)}
     saved = first.state_dict()

@@ -150,7 +150,7 @@ def test_a_group_added_after_resuming(case: str, through: Any) -> None:
     assert run(resume=True) == run(resume=False)
 
 
-def test_a_group_added_beside_a_list_of_lambdas() -> None:
+def test_a_group_added_alongside_a_list_of_lambdas() -> None:
     """There is no function for it: the error says where to give one, and no epoch is lost."""
     optimizer = build()
     scheduler = optim.lr_scheduler.LambdaLR(optimizer, [Decay(0.9), Decay(0.8), Decay(0.7)])

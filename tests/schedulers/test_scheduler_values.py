@@ -129,7 +129,7 @@ def test_a_plateau_in_the_first_place(torch: Any) -> None:
 
 
 @pytest.mark.parametrize("cases", [("exponential", "plateau abs"), ("plateau", "cosine", "plateau max")])
-def test_a_plateau_in_a_chain_is_one_beside_the_others(cases: Any, torch: Any) -> None:
+def test_a_plateau_in_a_chain_is_one_alongside_the_others(cases: Any, torch: Any) -> None:
     optimizer, theirs = build(), build_torch(torch)
     both = [make(torch.optim.lr_scheduler, case)(theirs) for case in cases]
     trace = follow(optimizer, make(optim.lr_scheduler, chain(list(cases)))(optimizer), 90)
