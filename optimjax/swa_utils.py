@@ -218,7 +218,7 @@ class AveragedModel:
             raise ValueError(f"the model has not the structure of the averaged one: they differ in {differing[:3]}")
         names = self._to_average(model, current) if self.n_averaged else []
         old = [averaged[name] for name in names]
-        new = self._next(old, [self._where_is(current[name], array) for name, array in zip(names, old, strict=True)])
+        new = self._next(old, [self._placed_like(current[name], array) for name, array in zip(names, old, strict=True)])
         results = dict(zip(names, new, strict=True))
         copies = {name: self._own(x, averaged[name]) for name, x in current.items() if name not in results}
         self._commit(copies | results, self.n_averaged + 1)
@@ -234,7 +234,7 @@ class AveragedModel:
         function = function.function if isinstance(function, _Each) else function
         if isinstance(function, (Exponential, Uniform)):
             results: Any = _averages(function, averaged, current, jnp.asarray(self.n_averaged))
-            return [self._where_is(new, old) for new, old in zip(results, averaged, strict=True)]
+            return [self._placed_like(new, old) for new, old in zip(results, averaged, strict=True)]
         if self.multi_avg_fn is None:
             results = [function(old, new, self.n_averaged) for old, new in zip(averaged, current, strict=True)]
         else:
@@ -252,7 +252,7 @@ class AveragedModel:
             return jax.device_put(array, sharding, may_alias=False)
         return copied_array(array)
 
-    def _where_is(self, array: Any, like: Array) -> Any:
+    def _placed_like(self, array: Any, like: Array) -> Any:
         """The array where the present one is, if somebody has placed that."""
         array = own_memory(array)
         if self._device is None and sharding_of(like) is None:
