@@ -16,7 +16,7 @@ from optimjax import schedules
 from optimjax.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 optax = pytest.importorskip("optax")
-pytestmark = pytest.mark.usefixtures("x64", "lenient")
+pytestmark = pytest.mark.usefixtures("x64", "lenient", "folder")
 
 X = np.linspace(-1, 1, 32).reshape(-1, 2)
 Y = (X**2).sum(1, keepdims=True)
@@ -189,6 +189,41 @@ def test_metrics() -> None:
         outside.update(loss=np.float32(loss))
     for ours in (inside, outside):
         np.testing.assert_allclose(ours.compute()["loss"], theirs.compute()["loss"], rtol=1e-6)  # float32 sums
+
+
+def test_a_run_that_has_begun() -> None:
+    """Steps of optax, then of ours from its state; and through a file, of optax's own again."""
+    model = Net()
+    optimizer = nnx.Optimizer(model, optax.adamw(1e-2), wrt=nnx.Param)
+
+    def go_on(model: Net, optimizer: Any) -> None:
+        for _ in range(10):
+            optimizer.update(model, nnx.grad(loss_fn)(model, X, Y))
+
+    go_on(model, optimizer)
+    optim.save("run.safetensors", {"model": nnx.state(model), "optimizer": nnx.state(optimizer)})
+    ours = nnx.clone(model)
+    adamw = optim.AdamW(ours, lr=1e-2, weight_decay=1e-4)
+    params, state = adamw.functional_state()
+    theirs = optimizer.opt_state[0]
+    moments = {
+        name: jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(tree))
+        for name, tree in {"exp_avg": theirs.mu, "exp_avg_sq": theirs.nu}.items()
+    }
+    adamw.load_functional_state(params, state._replace(step=jnp.asarray(theirs.count[...]), **moments))
+    go_on(model, optimizer)
+    for _ in range(10):
+        adamw.step(loss_fn, X, Y)
+    close(values(ours), values(model))
+
+    again = Net()
+    again_optimizer = nnx.Optimizer(again, optax.adamw(1e-2), wrt=nnx.Param)
+    saved = optim.load("run.safetensors")
+    nnx.update(again, saved["model"])
+    nnx.update(again_optimizer, saved["optimizer"])
+    go_on(again, again_optimizer)
+    for a, b in zip(*map(jax.tree.leaves, (values(again), values(model))), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.skipif(not hasattr(nnx, "EMA"), reason="a newer Flax has it")

@@ -1,5 +1,6 @@
 """States of pure functions come back from a file as what they were; other classes come back by ``like``."""
 
+import os
 from collections import namedtuple
 from typing import Any
 
@@ -180,6 +181,15 @@ def test_trees_of_all_kinds_come_back_by_a_template() -> None:
     nnx.update(net, loaded["nnx"])
     mlp_again = eqx.combine(loaded["equinox"], mlp)
     np.testing.assert_array_equal(mlp_again(jnp.ones(1)), mlp(jnp.ones(1)))
+
+
+def test_what_is_not_an_array_in_a_class_is_named() -> None:
+    mlp, net = eqx.nn.MLP(1, 1, 4, 1, key=jax.random.key(0)), nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"cannot save 'mlp\.activation.*', a "):
+        optim.save("a.safetensors", {"mlp": mlp})
+    with pytest.raises(TypeError, match=r"cannot save 'net\.0', a Linear: save nnx\.state\(\.\.\.\) of it"):
+        optim.save("a.safetensors", {"net": [net]})
+    assert not os.listdir()
 
 
 def test_a_weak_number_stays_weak() -> None:
