@@ -85,7 +85,7 @@ def _described(array: Any) -> str:
 
 
 def _placed(array: Any, like: Any) -> jax.Array:
-    """An array of JAX where another one is, or shall be; each process reads its part of what no process sees whole."""
+    """An array of JAX where another one is, or shall be; of one over several processes, each keeps its part."""
     if getattr(like, "weak_type", False) and array.shape == ():  # with narrower numbers, it gives narrower ones
         weak = jnp.asarray(array.item())
         array = weak if weak.dtype == array.dtype else array
