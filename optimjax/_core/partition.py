@@ -6,9 +6,10 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from optimjax._core.algorithm import Algorithm, Params, State, check_order, state_class
+from optimjax._core.algorithm import Algorithm, Params, State, check_order
 from optimjax._core.definition import Definition
 from optimjax._core.hyperparameters import Hyperparameters
+from optimjax._core.states import state_class
 from optimjax._core.tree import copied_array, flatten_params, match, names
 
 __all__ = ["Partition", "partition"]

@@ -1,0 +1,1 @@
+"""Neighbours, a module each, which imports its neighbour only when it is used."""
