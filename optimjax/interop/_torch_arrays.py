@@ -13,14 +13,17 @@ __all__ = ["as_array", "as_tensors", "is_array"]
 
 
 def is_array(value: Any) -> bool:
-    """Whether this is an array of PyTorch, NumPy or JAX."""
+    """Whether this is an array of PyTorch, NumPy or JAX, or a parameter or variable."""
+    if getattr(value, "__jax_array__", None) is not None:
+        return True
     return hasattr(value, "detach") or isinstance(value, (np.ndarray, np.generic, jax.Array))
 
 
 def as_array(value: Any) -> Any:
     """The array of a PyTorch tensor, a parameter or a variable; what is one of NumPy or JAX stays it."""
     value = not_deleted(from_tensor(value))
-    return value.__jax_array__() if hasattr(value, "__jax_array__") else value
+    held = getattr(value, "__jax_array__", None)  # which a tracer has, too, as None
+    return value if held is None else held()
 
 
 def as_tensors(value: Any) -> Any:

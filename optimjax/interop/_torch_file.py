@@ -368,7 +368,7 @@ class _Writer:
             for index, item in enumerate(value):
                 yield from self._value(item, f"{path}.{index}")
             yield pickle.TUPLE if isinstance(value, tuple) else pickle.APPENDS
-        elif is_array(value) or hasattr(value, "__jax_array__"):
+        elif is_array(value):
             yield from self._tensor(np.asarray(as_array(value)), path)
         else:
             raise TypeError(f"cannot save {path.removeprefix('.')!r}, a {type(value).__name__}: {value!r}")
