@@ -161,7 +161,7 @@ class _Storage(NamedTuple):
 
     key: str
     dtype: str
-    count: int
+    length: int
 
 
 class _Tensor(NamedTuple):

@@ -122,7 +122,7 @@ class Layout:
 
 
 Parts = tuple[Layout, ...]  # into which PyTorch's array falls along its first axis, all of one size
-LayoutLike = Layout | Sequence[int] | Sequence[Layout] | Mapping[str, Any] | None
+LayoutLike = Layout | Sequence[int] | Sequence[Layout] | Sequence[Mapping[str, Any]] | Mapping[str, Any] | None
 
 
 def parts_of(value: Any, name: str) -> Parts:

@@ -332,8 +332,9 @@ def _check_same_run(label: str, parts: Parts, entries: Entries) -> None:
     """Refuse what works on an array as a whole where PyTorch has another array than we."""
     if not {*FACTORS, "variance"} & entries.keys():
         return
-    axes = parts[0].axes or ()
-    if len(parts) > 1 or not parts[0].keeps_axes or sorted(axes[-2:]) != list(range(len(axes)))[-2:]:
+    first, *others = parts
+    axes = first.axes or ()
+    if others or not first.keeps_axes or sorted(axes[-2:]) != list(range(len(axes)))[-2:]:
         raise ValueError(f"Adafactor keeps means along the last two axes of {label}, which ours has not, {OTHER_RUN}")
 
 
@@ -341,7 +342,8 @@ def _moves(label: str, key: str, value: Any, parts: Parts) -> bool:
     """Whether an entry has the parameter's axes. What no algorithm knows can only stay as it is."""
     if value is not None and (_is_shaped(key) or key in FACTORS):
         return True
-    if is_array(value) and np.ndim(value) and (len(parts) > 1 or parts[0].axes or parts[0].shape):
+    first, *others = parts
+    if getattr(value, "ndim", 0) and (others or first.axes or not first.keeps_axes):
         raise ValueError(f"{key!r} of {label} is a slot of one's own, so its layout does not say what becomes of it")
     return False
 
@@ -353,7 +355,8 @@ def _for(key: str, parts: Parts) -> Parts:
 
 def _exchanged(entries: Entries, parts: Parts) -> Entries:
     """The factors by each other's name, where the last two axes have changed places."""
-    axes = parts[0].axes or ()
+    first, *_ = parts
+    axes = first.axes or ()
     if axes[-2:] != (len(axes) - 1, len(axes) - 2) or not set(FACTORS) <= entries.keys():
         return entries
     rows, columns = FACTORS
@@ -378,10 +381,11 @@ def _matrix_axes(group: Mapping[str, Any], parts: Parts | None, label: str) -> A
     """Where Muon finds in our array the matrix that it finds in PyTorch's; ``None`` for other algorithms."""
     if "adjust_lr_fn" not in group or parts is None:
         return None
-    if len(parts) > 1:
+    first, *others = parts
+    if others:
         raise ValueError(f"Muon works on {label} as one matrix, which is several parameters here, {OTHER_RUN}")
     try:
-        return parts[0].matrix_axes()
+        return first.matrix_axes()
     except ValueError as error:
         raise ValueError(f"Muon: {label} {error}") from None
 
@@ -393,7 +397,7 @@ def _check_matrix_axes(
     if "adjust_lr_fn" not in group:
         return
     for name, entries, given in members:
-        parts = origin[name][2] if name in origin else None
+        parts = origin[name][2] if name is not None and name in origin else None
         expected = _matrix_axes(group, parts, _label(name)) or ((-2,), (-1,))
         ndim = len(_shape_of(entries))
         axes = tuple(tuple(axis % ndim - ndim for axis in part) for part in given or ((0,), (1,))) if ndim else expected

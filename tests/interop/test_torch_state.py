@@ -83,10 +83,10 @@ def continued_here(case: Case, options: Any, saved: Any, params: dict[str, Any],
             boxes[PARAMETERS[name][2]].grad = jnp.asarray(ours(case, name, grad))
         optimizer.step()
     there = {}
-    for name, (_, layout, here) in PARAMETERS.items():
+    for name, (_, _, here) in PARAMETERS.items():
         array = np.asarray(boxes[here].value)
         axes = layouts(case)[name]
-        there[name] = array if layout is None or axes is None else array.transpose(np.argsort(axes.axes))
+        there[name] = array if axes is None else axes.to_torch(array)
     return optimizer.state_dict(), there
 
 
