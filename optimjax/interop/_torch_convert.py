@@ -226,7 +226,7 @@ def _summary(value: Any, path: str) -> Iterator[str]:
     if _is_state(value):
         groups = value["param_groups"]
         count = sum(len(group["params"]) for group in groups)
-        yield f"{label}: state of {count} parameter{'s' * (count != 1)} in {len(groups)} group{'s' * (len(groups) != 1)}"
+        yield f"{label}: state of {count} parameters in {len(groups)} group{'s' * (len(groups) != 1)}"
     elif _is_weights(value):
         yield f"{label}: {len(value)} arrays"
     elif isinstance(value, Mapping):
