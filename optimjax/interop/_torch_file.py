@@ -194,6 +194,7 @@ class _Archive:
     def __init__(self, archive: zipfile.ZipFile):
         self._archive = archive
         self._storages: dict[str, np.ndarray] = {}
+        self._made: dict[int, Any] = {}  # what a pickle names twice is there once, however often that is nested
         names = archive.namelist()
         roots = [name.removesuffix("data.pkl") for name in names if name.endswith("data.pkl")]
         if len(roots) != 1:
@@ -214,6 +215,13 @@ class _Archive:
 
     def _value(self, value: Any) -> Any:
         """Nested containers with arrays in place of tensors; of a dict only its items, not what it calls them."""
+        if not isinstance(value, (dict, list, tuple, _Function)):
+            return value
+        if id(value) not in self._made:
+            self._made[id(value)] = self._container(value)
+        return self._made[id(value)]
+
+    def _container(self, value: Any) -> Any:
         if isinstance(value, _Tensor):
             return self._array(value)
         if isinstance(value, (_Function, _Storage)):
@@ -221,9 +229,7 @@ class _Archive:
         if isinstance(value, dict):
             items = [(key, self._value(entry)) for key, entry in dict.items(value)]
             return collections.Counter(dict(items)) if isinstance(value, collections.Counter) else dict(items)
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(self._value, value))
-        return value
+        return type(value)(map(self._value, value))
 
     def _array(self, tensor: _Tensor) -> np.ndarray:
         """The elements of a tensor, where they are."""

@@ -29,7 +29,7 @@ def flax_layout(
     ``flax.nnx``                                     ``torch.nn``
     ===============================================  ================================================================
     ``Linear``, ``LinearGeneral``                    ``Linear``
-    ``Conv``, ``ConvTranspose`` (any number of axes) ``Conv1d`` to ``3d``, ``ConvTranspose1d`` to ``3d``
+    ``Conv``, ``ConvTranspose``                      ``Conv1d`` to ``3d``, ``ConvTranspose1d`` to ``3d``
     ``Embed``                                        ``Embedding``
     ``BatchNorm``, with its statistics               ``BatchNorm1d`` to ``3d``
     ``LayerNorm``, ``RMSNorm``, ``GroupNorm``,       the same
@@ -326,7 +326,7 @@ _LAYERS: dict[str, Callable[[Any], Found]] = {
 def _of_layer(layer: Any) -> Found:
     """What the twin of a layer has, if its type is known; a stacked one, whose arrays have more axes, has no twin."""
     for name, found in _LAYERS.items():
-        if isinstance(layer, getattr(nnx(), name)):
+        if isinstance(layer, getattr(nnx(), name, ())):  # an older Flax may lack one
             return {} if _stacked(layer) else found(layer)
     return {}
 

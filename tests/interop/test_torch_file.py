@@ -159,6 +159,19 @@ def assert_is_data(value: Any) -> None:
         assert value is None or isinstance(value, (bool, int, float, str, bytes, complex, np.ndarray))
 
 
+def test_what_is_named_often_is_there_once() -> None:
+    """A pickle of 100 bytes that would be 2**40 lists, and one that holds itself."""
+    nested: Any = []
+    for _ in range(40):
+        nested = [nested, nested]
+    loaded = interop.load(archive(pickle.dumps(nested, 2)))
+    assert loaded[0] is loaded[1]
+    nested = []
+    nested.append(nested)
+    with pytest.raises(ValueError, match="is damaged: RecursionError"):
+        interop.load(archive(pickle.dumps(nested, 2)))
+
+
 TENSOR = (
     b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\n%s\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
     b"K%ctQK%c(K%ct(K%ct\x89NtR."
