@@ -112,20 +112,19 @@ def _names(content: Any) -> list[str]:
 
 def _layout(options: argparse.Namespace, content: Any, names: Sequence[str] | None, back: bool) -> Layouts:
     given = {} if options.layout is None else _read_layout(options.layout)
-    if options.model is not None:
-        if back:
-            raise ValueError("--model does not know PyTorch's names: give --layout, which --layout-out has written")
-        every = {name: array for part, is_weights in _parts(content) if is_weights for name, array in part.items()}
-        named = every or dict.fromkeys([*(names or ()), *_names(content)])
-        return flax_layout(_model(options.model), named, layout={name: given[name] for name in given if name in named})
-    known = [*dict.fromkeys([*(names or ()), *([] if back else _names(content)), *given])]
+    here = [] if back and (given or names) else _names(content)  # of ours only where they are PyTorch's, too
+    known: list[str] = list(dict.fromkeys([*(names or ()), *here, *given]))
     for globs, layout in ((options.transpose, Layout(axes=(1, 0))), (options.keep, Layout())):
         for glob in globs:
-            matches = fnmatch.filter(known or _names(content), glob)
-            if not matches:
-                raise ValueError(f"{glob!r} matches none of the names {known or _names(content)}")
+            if not (matches := fnmatch.filter(known, glob)):
+                raise ValueError(f"{glob!r} matches none of the names {known}")
             given |= dict.fromkeys(matches, (layout,))
-    return given
+    if options.model is None:
+        return given
+    if back:
+        raise ValueError("--model does not know PyTorch's names: give --layout, which --layout-out has written")
+    arrays = {name: array for part, is_weights in _parts(content) if is_weights for name, array in part.items()}
+    return flax_layout(_model(options.model), arrays or known, layout=given)
 
 
 def _read_layout(path: Path) -> Layouts:

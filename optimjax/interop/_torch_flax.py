@@ -53,7 +53,7 @@ def flax_layout(
       model: the ``flax.nnx`` module.
       names: PyTorch's names; best ``model.state_dict()``, whose shapes are checked.
       rename: where the structures differ: PyTorch's names, or the beginning of them, and what takes their place, as in
-        ``{"encoder.layers": "blocks"}``; or a function of a name.
+        ``{"encoder.layers": "blocks"}`` or, of a model that was wrapped, ``{"module": ""}``; or a function of a name.
       layout: what the types of layers do not say, by PyTorch's name: a :class:`Layout`, or a tuple of axes; ``()`` for
         an array that the module does not have.
 
@@ -146,7 +146,9 @@ def _renamed(name: str, rename: Rename) -> str:
         return rename(name)
     fits = [key for key in rename or () if name == key or name.startswith(f"{key}.")]
     longest = max(fits, key=len, default=None)
-    return name if longest is None or rename is None else rename[longest] + name.removeprefix(longest)
+    if longest is None or rename is None:
+        return name
+    return (rename[longest] + name.removeprefix(longest)).removeprefix(".")
 
 
 def _expected(model: Any) -> Found:

@@ -65,6 +65,15 @@ def test_structures_that_differ_are_renamed() -> None:
         np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.parametrize("prefix", ["module", "_orig_mod"])
+def test_the_names_of_a_wrapped_model(prefix: str) -> None:
+    model = nnx.Linear(2, 2, rngs=RNGS)
+    saved = {f"{prefix}.weight": np.eye(2, 2, 1, np.float32), f"{prefix}.bias": zeros(2)}
+    layout = interop.load_weights(model, saved, rename={prefix: ""})
+    np.testing.assert_array_equal(model.kernel[...], np.eye(2, 2, -1))
+    assert interop.weights(model, layout).keys() == saved.keys()
+
+
 def test_weights_take_the_dtype_and_place_of_the_module(torch: Any) -> None:
     model = nnx.Linear(8, 2, param_dtype=jnp.bfloat16, rngs=RNGS)
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))

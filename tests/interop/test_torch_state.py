@@ -90,7 +90,7 @@ def continued_here(case: Case, options: Any, saved: Any, params: dict[str, Any],
     return optimizer.state_dict(), there
 
 
-def check_round_trip(torch: Any, case: Case, options: Any, named: bool, through_file: bool = True) -> None:
+def check_round_trip(torch: Any, case: Case, options: Any, named: bool, through_file: bool) -> None:
     stayed = Theirs(torch, case, options, values(case, 0), named)
     stayed.run(0, 12)
 
@@ -127,7 +127,7 @@ def check_round_trip(torch: Any, case: Case, options: Any, named: bool, through_
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize(("case", "index"), VARIANTS)
 def test_a_run_comes_here_and_goes_back(case: Case, index: int, named: bool, torch: Any) -> None:
-    check_round_trip(torch, case, case.variants()[index], named)
+    check_round_trip(torch, case, case.variants()[index], named, through_file=named)
 
 
 def combinations() -> Iterator[Any]:
@@ -141,3 +141,30 @@ def combinations() -> Iterator[Any]:
 @pytest.mark.parametrize(("case", "options"), list(combinations()))
 def test_a_run_of_every_configuration_comes_here_and_goes_back(case: Case, options: Any, torch: Any) -> None:
     check_round_trip(torch, case, options, named=True, through_file=False)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("through_file", [True, False])
+def test_low_precision_keeps_its_dtypes(dtype: str, through_file: bool, torch: Any) -> None:
+    weight = torch.nn.Parameter(torch.arange(12.0).reshape(3, 4).to(getattr(torch, dtype)))
+    theirs = torch.optim.Adam([("fc.weight", weight)], lr=0.1)
+    weight.grad = torch.linspace(-1, 1, 12).reshape(3, 4).to(weight.dtype)
+    theirs.step()
+    saved = theirs.state_dict()
+    if through_file:
+        torch.save(saved, "before.pt")
+        saved = interop.load("before.pt")
+    layout = {"fc.weight": LAYOUT["fc.weight"]}
+    box = optim.Parameter(jnp.asarray(weight.detach().float().numpy().T, dtype))
+    ours = optim.Adam([("fc.kernel", box)])
+    ours.load_state_dict(interop.from_torch(saved, layout=layout))
+    state = ours.state_dict()
+    assert str(state["state"][0]["exp_avg"].dtype) == dtype
+    back = interop.to_torch(state, layout=layout, tensors=not through_file)
+    if through_file:
+        interop.save("after.pt", back)
+        back = torch.load("after.pt", weights_only=True)
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(back["state"][0][name], theirs.state[weight][name])
+    theirs.load_state_dict(back)
+    ours.step({"fc.kernel": jnp.ones_like(box.value)})
