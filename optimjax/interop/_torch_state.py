@@ -1,33 +1,35 @@
 """State dicts of optimizers: PyTorch's names, axes and order into ours, and back."""
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from optimjax._core.containers import plain
-from optimjax._core.contract import kinds_of_slots
 from optimjax._core.definition import package
 from optimjax._core.reading import reading
 from optimjax._facade.state_dict import as_dict
 from optimjax.interop._torch_arrays import as_array, as_tensors, is_array
-from optimjax.interop._torch_layout import Layout, LayoutLike, Parts, ambiguous, join, parts_of, split
+from optimjax.interop._torch_entries import join_entries, label, matrix_axes, shape_of, split_entries
+from optimjax.interop._torch_layout import LayoutLike, Parts, parts_of
 from optimjax.interop._torch_vectors import Entries, Member, is_joint, joint_to_ours, joint_to_torch
 
 __all__ = ["from_torch", "to_torch"]
 
 Layouts = Mapping[str, LayoutLike] | None
-FACTORS = ("row_var", "col_var")  # of Adafactor: means along the last axis and along the last but one
 SPLIT = "torch_group"  # the key that says which of PyTorch's groups a group is a part of
-OURS = ("params", "param_names", "matrix_axes", SPLIT)  # what a group of PyTorch gets otherwise, or does not have
-OTHER_RUN = (
-    "so the run would be another one: train PyTorch's arrays as they are, as the page on PyTorch's checkpoints shows"
-)
+OURS = (
+    "params",
+    "param_names",
+    "algorithm",
+    "matrix_axes",
+    SPLIT,
+)  # what a group of PyTorch gets otherwise, or does not have
 
 
 def from_torch(
-    state_dict: Mapping[str, Any], *, layout: Layouts = None, names: Sequence[str] | None = None
+    state_dict: Mapping[Any, Any],
+    *,
+    layout: Layouts = None,
+    names: Sequence[str] | Mapping[Any, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """The state dict of an optimizer of PyTorch as ours, which ``load_state_dict`` takes.
 
@@ -37,13 +39,16 @@ def from_torch(
     within it, it becomes several groups, which :func:`to_torch` makes one again.
 
     Args:
-      state_dict: what ``torch.optim.Optimizer.state_dict()`` returned, with tensors or with arrays.
+      state_dict: what ``torch.optim.Optimizer.state_dict()`` returned, with tensors or with arrays. For an optimizer
+        here that has several algorithms, a dict of those of PyTorch's optimizers by the name of the class, such as
+        ``{"Muon": ..., "AdamW": ...}``.
       layout: by PyTorch's name of a parameter, what it is here: what :func:`load_weights` returned, or a
         :class:`Layout`, a tuple of axes, or ``None`` for an array that stays as it is. What is not in it stays as it
         is, too, unless it would fit with its axes exchanged.
       names: PyTorch's names of all parameters in the order of ``state_dict``, if it has none:
         ``[name for name, _ in torch_model.named_parameters()]``, where the optimizer was made of
-        ``torch_model.parameters()``. An optimizer made of ``named_parameters()`` saves them.
+        ``torch_model.parameters()``. An optimizer made of ``named_parameters()`` saves them. Of several optimizers, a
+        dict of such lists.
 
     Raises:
       ValueError: it is not a state dict; the layout does not fit, or is needed and not given; or the run would not be
@@ -60,6 +65,15 @@ def from_torch(
     >>> print(ours["param_groups"][0]["param_names"], ours["state"][0]["momentum_buffer"].shape)
     ['fc.kernel'] (32, 10)
     """
+    if _are_several(state_dict):
+        by_algorithm = names if isinstance(names, Mapping) else {}
+        states = {
+            algorithm: from_torch(one, layout=layout, names=by_algorithm.get(algorithm))
+            for algorithm, one in state_dict.items()
+        }
+        return _as_one(states)
+    if isinstance(names, Mapping):
+        raise ValueError(f"names is a dict only for a dict of state dicts, got {names!r}")
     saved = _Saved(state_dict, layout, names)
     made = _Made(saved.others)
     for index, group in enumerate(saved.groups):
@@ -69,8 +83,8 @@ def from_torch(
             continue
         by_axes: dict[Any, list[Member]] = {}
         for name, parts, entries in members:
-            axes = _matrix_axes(group, parts, _label(name))
-            by_axes.setdefault(axes, []).extend(_split(name, parts, entries))
+            axes = matrix_axes(group, parts, name)
+            by_axes.setdefault(axes, []).extend(split_entries(name, parts, entries))
         for axes, ours in by_axes.items():
             extra = {} if axes is None else {"matrix_axes": axes}
             made.add({**group, **extra, **({SPLIT: index} if len(by_axes) > 1 else {})}, ours)
@@ -85,10 +99,12 @@ def to_torch(
     layout: Layouts = None,
     names: Sequence[str] | None = None,
     tensors: bool = True,
-) -> dict[str, Any]:
+) -> dict[Any, Any]:
     """Our state dict as one that PyTorch's ``load_state_dict`` takes: the way back of :func:`from_torch`.
 
-    PyTorch goes by the order of the parameters, not by their names. Within each group it is that of ``names``.
+    PyTorch goes by the order of the parameters, not by their names. Within each group it is that of ``names``. If the
+    groups have several algorithms, the result is a dict of state dicts by the name of the class, ``None`` for groups
+    without ``algorithm``.
 
     Args:
       state_dict: what ``state_dict()`` of an optimizer with names returned: one of a module or of a tree.
@@ -111,6 +127,10 @@ def to_torch(
     >>> print(theirs["param_groups"][0]["param_names"], theirs["state"][0]["momentum_buffer"].shape)
     ['fc.weight'] (10, 32)
     """
+    if several := _apart(state_dict):
+        return {
+            algorithm: to_torch(one, layout=layout, names=names, tensors=tensors) for algorithm, one in several.items()
+        }
     saved = _Saved(state_dict, layout, None)
     origin = _origin(layout)
     order = {name: place for place, name in enumerate(names if names is not None else layout or ())}
@@ -124,9 +144,55 @@ def to_torch(
         if any(is_joint(member.entries) for member in members):
             made.add(group, joint_to_torch(members, ordered))
         else:
-            made.add(group, [_join(name, parts, entries) for name, parts, entries in ordered])
+            made.add(group, [join_entries(name, parts, entries) for name, parts, entries in ordered])
     packed = made.state_dict()
     return as_tensors(packed) if tensors else packed
+
+
+# --- Several optimizers in one --------------------------------------------------------------------------------------
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"state", "param_groups"} <= value.keys()
+
+
+def _are_several(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and not _is_state(value) and all(map(_is_state, value.values()))
+
+
+def _as_one(states: Mapping[Any, dict[str, Any]]) -> dict[str, Any]:
+    """One state dict of ours, whose groups name their algorithm."""
+    known = [None, *(definition.name for definition in package)]
+    if strange := [algorithm for algorithm in states if algorithm not in known]:
+        raise ValueError(f"a dict of state dicts has the names of their optimizers' classes as keys, got {strange}")
+    made = _Made({key: value for one in states.values() for key, value in one["state"].items() if type(key) is not int})
+    for algorithm, one in states.items():
+        named = {} if algorithm is None else {"algorithm": algorithm}
+        for group in one["param_groups"]:
+            names = group.get("param_names") or [None] * len(group["params"])
+            entries = [one["state"].get(number, {}) for number in group["params"]]
+            made.add({**group, **named}, list(map(Member, names, entries)))
+    return made.state_dict()
+
+
+def _apart(state_dict: Any) -> dict[Any, dict[str, Any]]:
+    """The state dicts that were made one, by algorithm; none if there is one algorithm."""
+    groups = state_dict["param_groups"] if _is_state(state_dict) else ()
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(group, Mapping) for group in groups):
+        return {}
+    of: dict[Any, list[dict[str, Any]]] = {}
+    for group in groups:
+        of.setdefault(group.get("algorithm"), []).append({**group, "algorithm": None})
+    if len(of) < 2:
+        return {}
+    numbers = {name: {str(each) for group in part for each in group["params"]} for name, part in of.items()}
+    return {
+        name: {
+            "state": {key: value for key, value in state_dict["state"].items() if str(key) in numbers[name]},
+            "param_groups": part,
+        }
+        for name, part in of.items()
+    }
 
 
 # --- What was saved, and what is made of it -------------------------------------------------------------------------
@@ -202,11 +268,6 @@ def _arrays(value: Any) -> Any:
     return as_array(value) if is_array(value) else value
 
 
-def _label(name: str | None) -> str:
-    """A parameter as messages name it."""
-    return "a parameter without a name" if name is None else repr(name)
-
-
 def _parts(layout: Layouts, name: str | None) -> Parts | None:
     """What a parameter of PyTorch is here; ``None`` where the layout does not say it."""
     if layout is None or name is None or name not in layout:
@@ -225,12 +286,6 @@ def _origin(layout: Layouts) -> dict[str, tuple[str, int, Parts]]:
 
 def _whole_groups(saved: _Saved) -> Iterator[tuple[dict[str, Any], list[Member]]]:
     """The groups as PyTorch has them, with the members of all that one of its groups has become."""
-    algorithms = {str(named.get("algorithm")) for named in map(dict, saved.groups)}
-    if len(algorithms) > 1:
-        raise ValueError(
-            f"the groups have the algorithms {sorted(algorithms)}, and an optimizer of PyTorch has one: use an "
-            "optimizer for each here, too"
-        )
     whole: dict[Any, tuple[dict[str, Any], list[Member]]] = {}
     for index, group in enumerate(saved.groups):
         if group.get("blocks") is not None:
@@ -263,133 +318,6 @@ def _whole(
     return whole
 
 
-# --- The entries of a parameter -------------------------------------------------------------------------------------
-
-
-def _is_shaped(name: str) -> bool | None:
-    """Whether a slot has the parameter's shape, in any algorithm of the package; ``None`` if none knows it."""
-    kinds = [kinds_of_slots(each.rule.slots) for each in package if each.rule is not None]
-    fixed = [kind[name].fixed for kind in kinds if name in kind]
-    return None if not fixed else not all(fixed)
-
-
-def _shape_of(entries: Mapping[str, Any]) -> tuple[int, ...]:
-    """The parameter's shape, as far as its entries tell."""
-    if all(name in entries for name in FACTORS):
-        return (*np.shape(entries["row_var"])[:-1], np.shape(entries["col_var"])[-1])
-    return next((np.shape(value) for name, value in entries.items() if _is_shaped(name)), ())
-
-
-def _split(name: str | None, parts: Parts | None, entries: Entries) -> list[Member]:
-    """What a parameter of PyTorch is here, with its entries."""
-    label = _label(name)
-    parts = _certain(label, parts, entries)
-    _check_same_run(label, parts, entries)
-    made: list[Entries] = [{} for _ in parts]
-    for key, value in entries.items():
-        if _moves(label, key, value, parts):
-            values = _fitting(label, key, lambda key=key, value=value: split(_for(key, parts), value))
-        else:
-            values = [value] * len(parts)
-        for one, each in zip(made, values, strict=True):
-            one[key] = each
-    return [Member(part.name or name, _exchanged(one, parts)) for part, one in zip(parts, made, strict=True)]
-
-
-def _join(name: str | None, parts: Parts | None, entries: Sequence[Entries]) -> Member:
-    """What :func:`_split` came from."""
-    label = _label(name)
-    parts = _certain(label, parts, entries[0])
-    _check_same_run(label, parts, entries[0])
-    if len({frozenset(each) for each in entries}) > 1:
-        raise ValueError(f"the parts of {label} have different state: {[sorted(each) for each in entries]}")
-    joined: Entries = {}
-    for key in entries[0]:
-        values = [each[key] for each in entries]
-        if _moves(label, key, values[0], parts):
-            joined[key] = _fitting(label, key, lambda key=key, values=values: join(_for(key, parts), values))
-        elif all(_same(values[0], value) for value in values[1:]):
-            joined[key] = values[0]
-        else:
-            raise ValueError(f"the parts of {label} differ in {key!r}: {values}")
-    return Member(name, _exchanged(joined, parts))
-
-
-def _certain(label: str, parts: Parts | None, entries: Entries) -> Parts:
-    """The layout; where there is none, the array stays, if it could not be meant otherwise."""
-    if parts is not None:
-        return parts
-    shape = _shape_of(entries)
-    if ambiguous(shape):
-        raise ValueError(
-            f"the state of {label} has shape {shape}, which would fit with its axes exchanged, too: name it in layout, "
-            "with its axes, or with None if it stays as it is"
-        )
-    return (Layout(),)
-
-
-def _check_same_run(label: str, parts: Parts, entries: Entries) -> None:
-    """Refuse what works on an array as a whole where PyTorch has another array than we."""
-    if not {*FACTORS, "variance"} & entries.keys():
-        return
-    first, *others = parts
-    axes = first.axes or ()
-    if others or not first.keeps_axes or sorted(axes[-2:]) != list(range(len(axes)))[-2:]:
-        raise ValueError(f"Adafactor keeps means along the last two axes of {label}, which ours has not, {OTHER_RUN}")
-
-
-def _moves(label: str, key: str, value: Any, parts: Parts) -> bool:
-    """Whether an entry has the parameter's axes. What no algorithm knows can only stay as it is."""
-    if value is not None and (_is_shaped(key) or key in FACTORS):
-        return True
-    first, *others = parts
-    if getattr(value, "ndim", 0) and (others or first.axes or not first.keeps_axes):
-        raise ValueError(f"{key!r} of {label} is a slot of one's own, so its layout does not say what becomes of it")
-    return False
-
-
-def _for(key: str, parts: Parts) -> Parts:
-    """The layout of a slot: factors have the parameter's axes, but not its sizes."""
-    return tuple(dataclasses.replace(part, shape=None) for part in parts) if key in FACTORS else parts
-
-
-def _exchanged(entries: Entries, parts: Parts) -> Entries:
-    """The factors by each other's name, where the last two axes have changed places."""
-    first, *_ = parts
-    axes = first.axes or ()
-    if axes[-2:] != (len(axes) - 1, len(axes) - 2) or not set(FACTORS) <= entries.keys():
-        return entries
-    rows, columns = FACTORS
-    return {**entries, rows: entries[columns], columns: entries[rows]}
-
-
-def _fitting(label: str, key: str, function: Callable[[], Any]) -> Any:
-    try:
-        return function()
-    except ValueError as error:
-        raise ValueError(f"{key!r} of {label} {error}") from None
-
-
-def _same(one: Any, other: Any) -> bool:
-    return bool(np.array_equal(one, other)) if is_array(one) or is_array(other) else one == other
-
-
-# --- Muon -----------------------------------------------------------------------------------------------------------
-
-
-def _matrix_axes(group: Mapping[str, Any], parts: Parts | None, label: str) -> Any:
-    """Where Muon finds in our array the matrix that it finds in PyTorch's; ``None`` for other algorithms."""
-    if "adjust_lr_fn" not in group or parts is None:
-        return None
-    first, *others = parts
-    if others:
-        raise ValueError(f"Muon works on {label} as one matrix, which is several parameters here, {OTHER_RUN}")
-    try:
-        return first.matrix_axes()
-    except ValueError as error:
-        raise ValueError(f"Muon: {label} {error}") from None
-
-
 def _check_matrix_axes(
     group: Mapping[str, Any], members: Sequence[Member], origin: Mapping[str, tuple[str, int, Parts]]
 ) -> None:
@@ -398,8 +326,8 @@ def _check_matrix_axes(
         return
     for name, entries, given in members:
         parts = origin[name][2] if name is not None and name in origin else None
-        expected = _matrix_axes(group, parts, _label(name)) or ((-2,), (-1,))
-        ndim = len(_shape_of(entries))
+        expected = matrix_axes(group, parts, name) or ((-2,), (-1,))
+        ndim = len(shape_of(entries))
         axes = tuple(tuple(axis % ndim - ndim for axis in part) for part in given or ((0,), (1,))) if ndim else expected
         if axes != expected:
-            raise ValueError(f"{_label(name)} has matrix_axes={given}, PyTorch's matrix is {expected} of it")
+            raise ValueError(f"{label(name)} has matrix_axes={given}, PyTorch's matrix is {expected} of it")

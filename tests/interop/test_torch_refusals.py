@@ -197,6 +197,8 @@ def with_state(entries: Any, **group: Any) -> dict[str, Any]:
         (with_state(LBFGS), {}, r"the layout must name each of them, and does not name 'fc\.weight'"),
         (with_state(LBFGS), {"layout": FC}, r"the layout does not say the shape of 'fc\.weight'"),
         (with_state(LBFGS), {"layout": HEADS}, r"a vector of LBFGS has shape \(6,\), its parameters have 16"),
+        ({"optimizer": saved((4, 2))}, {}, r"names of their optimizers' classes as keys, got \['optimizer'\]"),
+        (saved(), {"names": {"Adam": ["w"]}}, "names is a dict only for a dict of state dicts"),
         ({"state": {}}, {}, r"has the keys 'state' and 'param_groups', got \['state'\]"),
         ({"state": [], "param_groups": []}, {}, "'state' of a state dict is a dict"),
         ({"state": {}, "param_groups": [{}]}, {}, r"param_groups\[0\] is not a dict with a list of 'params'"),
@@ -239,10 +241,6 @@ SPLIT = {"momentum": 0.9, "adjust_lr_fn": None}
                 {"params": [1], "param_names": ["b"], "lr": 0.2, "torch_group": 0},
             ]}, {}, r"param_groups\[1\] was one with another group in PyTorch, and differs in \['lr'\] now",
         ),
-        (
-            {"state": {}, "param_groups": [{"params": [0], "algorithm": "Muon"}, {"params": [1]}]}, {},
-            "an optimizer of PyTorch has one",
-        ),
     ],
 )  # fmt: skip
 def test_our_state_that_does_not_fit_is_refused(state_dict: Any, how: Any, message: str) -> None:
@@ -267,6 +265,25 @@ def test_a_layout_may_be_of_json() -> None:
     split = interop.from_torch(saved((12, 4), param_names=["qkv"]), layout=fused)
     assert split["param_groups"][0]["param_names"] == ["q", "k", "v"]
     assert interop.to_torch(split, layout=fused, tensors=False)["state"][0]["exp_avg"].shape == (12, 4)
+
+
+def test_several_optimizers_become_one_and_come_apart() -> None:
+    """Also with names from outside, and ``None`` for what the optimizer's own class updates."""
+    muon = with_state({"momentum_buffer": zeros((2, 3))}, param_names=None, adjust_lr_fn=None)
+    adamw = with_state({"step": 1, "exp_avg": zeros(3)}, param_names=None)
+    names = {"Muon": ["fc.weight"], None: ["fc.bias"]}
+    for each in (muon, adamw):
+        del each["param_groups"][0]["param_names"]
+    one = interop.from_torch({"Muon": muon, None: adamw}, layout={**FC, "fc.bias": None}, names=names)
+    assert [(g.get("algorithm"), g["param_names"], g["params"]) for g in one["param_groups"]] == [
+        ("Muon", ["fc.kernel"], [0]),
+        (None, ["fc.bias"], [1]),
+    ]
+    back = interop.to_torch(one, layout={**FC, "fc.bias": None}, tensors=False)
+    assert back.keys() == {"Muon", None}
+    for name, each in (("Muon", muon), (None, adamw)):
+        assert back[name]["param_groups"] == [{**each["param_groups"][0], "param_names": names[name]}]
+        assert jax.tree.map(np.shape, back[name]["state"]) == jax.tree.map(np.shape, each["state"])
 
 
 def test_what_is_kept_under_other_keys_stays() -> None:

@@ -63,6 +63,7 @@ MAKE: dict[str, Make] = {
     "AdamW in two groups": lambda torch, net: {"adamw": torch.optim.AdamW(decayed(net), lr=0.01, amsgrad=True)},
     "SGD": lambda torch, net: {"sgd": torch.optim.SGD(net.named_parameters(), lr=0.05, momentum=0.9)},
     "Muon and AdamW": muon_and_adamw,
+    "Muon and AdamW in one": muon_and_adamw,
     "LBFGS": lbfgs,
     "Adafactor": lambda torch, net: {"adafactor": torch.optim.Adafactor(net.named_parameters(), lr=0.05)},
 }
@@ -114,6 +115,23 @@ def continued(saved: dict[str, Any], make: Callable[[str, Any], Any]) -> tuple[d
             optimizer.step()
     back = {name: interop.to_torch(each.state_dict(), layout=layout) for name, each in optimizers.items()}
     return {"model": interop.weights(net, layout, tensors=True), "optimizers": back}, losses
+
+
+def continued_in_one(saved: dict[str, Any]) -> tuple[dict[str, Any], list[float]]:
+    """The same with one optimizer for both of PyTorch's."""
+    net = Twin()
+    layout = interop.load_weights(net, saved["model"])
+    states = saved["optimizers"]
+    state = interop.from_torch({"Muon": states["muon"], None: states["adamw"]}, layout=layout)
+    optimizer = optim.AdamW(interop.groups(net, state))
+    optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        if group.get("algorithm") is not None:
+            group["ns_dtype"] = None
+    losses = [float(optimizer.step(in_module, net, *batch(step))) for step in range(STEPS, 2 * STEPS)]
+    back = interop.to_torch(optimizer.state_dict(), layout=layout)
+    model = interop.weights(net, layout, tensors=True)
+    return {"model": model, "optimizers": {"muon": back["Muon"], "adamw": back[None]}}, losses
 
 
 def in_module(*args: Any) -> Any:
@@ -168,6 +186,8 @@ def test_a_network_comes_here_and_goes_back(name: str, torch: Any) -> None:
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # Flax relies on both
         if name == "Adafactor":
             back, more = continued_in_their_axes(interop.load("run.pt"))
+        elif "in one" in name:
+            back, more = continued_in_one(interop.load("run.pt"))
         else:
             back, more = continued(interop.load("run.pt"), lambda key, groups: OURS[key](groups))
 
