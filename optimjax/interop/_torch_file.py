@@ -3,9 +3,9 @@
 A ``.pt`` file is an uncompressed archive: ``data.pkl``, a pickle in which tensors refer to storages, and a file for
 each storage. That is the format of ``torch.save`` since PyTorch 1.6.
 
-A pickle is a program. What it may name is a list of constants and of functions that only arrange what they are given
-(``ALLOWED``); and whatever it gets hold of while it runs is of a type that it cannot change: tensors become arrays when
-it has ended.
+A pickle is a program. It may have the instructions that ``torch.save`` writes (``OPCODES``); what it may name is a list
+of constants and of functions that only arrange what they are given (``ALLOWED``); and whatever it gets hold of while it
+runs is of a type that it cannot change: tensors become arrays when it has ended.
 """
 
 import collections
@@ -13,6 +13,7 @@ import io
 import itertools
 import os
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -206,12 +207,9 @@ class _Archive:
             raise _RefusedError("was written by a machine with the other order of bytes")
 
     def read(self) -> Any:
-        unpickler = _Unpickler(io.BytesIO(self._content("data.pkl")), encoding="utf-8")
-        try:
-            value = unpickler.load()
-        except MemoryError:  # of no size that there is
-            raise ValueError("its pickle asks for more memory than there is") from None
-        return self._value(value)
+        content = self._content("data.pkl")
+        _check_opcodes(content)
+        return self._value(_Unpickler(io.BytesIO(content), encoding="utf-8").load())
 
     def _value(self, value: Any) -> Any:
         """Nested containers with arrays in place of tensors; of a dict only its items, not what it calls them."""
@@ -258,6 +256,23 @@ class _Archive:
         if entry.compress_type != zipfile.ZIP_STORED:
             raise _RefusedError(f"has a compressed entry {name!r}, which torch.save does not write")
         return self._archive.read(entry)
+
+
+OPCODES = {
+    "PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
+    "BINUNICODE", "SHORT_BINSTRING", "EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_LIST", "APPEND", "APPENDS",
+    "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET",
+    "GLOBAL", "REDUCE", "BUILD", "BINPERSID",
+}  # fmt: skip
+
+
+def _check_opcodes(content: bytes) -> None:
+    """Refuse a pickle with other instructions, or one that counts further than it is long."""
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name not in OPCODES:
+            raise _RefusedError(f"has the instruction {opcode.name}, which torch.save does not write by default")
+        if opcode.name == "LONG_BINPUT" and argument > len(content):
+            raise ValueError(f"its pickle stores a value in place {argument}")
 
 
 class _Unpickler(pickle.Unpickler):

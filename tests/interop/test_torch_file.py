@@ -103,7 +103,8 @@ class Evil:
 
 EVIL: dict[str, tuple[bytes, str]] = {
     "a function of the system": (pickle.dumps({"x": Evil()}, 2), r"asks for (posix|nt)\.system"),
-    "with another opcode": (pickle.dumps({"x": Evil()}, 4), r"asks for (posix|nt)\.system"),
+    "with another instruction": (pickle.dumps({"x": Evil()}, 4), "has the instruction FRAME"),
+    "one that needs memory": (b"Nr\xff\xff\xff\x7f.", "stores a value in place 2147483647"),
     "eval": (b"cbuiltins\neval\n(X\x06\x00\x00\x001 + 1.tR.", r"asks for builtins\.eval"),
     "an attribute of what is allowed": (b"ctorch._utils\n_rebuild_tensor_v2.__globals__\n.", "asks for torch"),
     "a class of numpy": (pickle.dumps(np.float64(1), 2), r"asks for numpy\.\w+\.multiarray\.scalar"),
@@ -142,7 +143,7 @@ def test_what_is_allowed_cannot_be_used_as_something_else(torch: Any) -> None:
             changed[place] = rng.integers(0, 256)
         try:
             loaded = interop.load(archive(bytes(changed), **entries))
-        except (ValueError, OverflowError):
+        except ValueError:
             continue
         assert_is_data(loaded)
 
