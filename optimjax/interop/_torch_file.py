@@ -271,7 +271,7 @@ def _check_opcodes(content: bytes) -> None:
     for opcode, argument, _ in pickletools.genops(content):
         if opcode.name not in OPCODES:
             raise _RefusedError(f"has the instruction {opcode.name}, which torch.save does not write by default")
-        if opcode.name == "LONG_BINPUT" and argument > len(content):
+        if opcode.name == "LONG_BINPUT" and (argument or 0) > len(content):
             raise ValueError(f"its pickle stores a value in place {argument}")
 
 
