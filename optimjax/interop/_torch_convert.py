@@ -16,7 +16,7 @@ from optimjax.interop._torch_arrays import as_array, is_array
 from optimjax.interop._torch_file import load, save
 from optimjax.interop._torch_flax import flax_layout
 from optimjax.interop._torch_layout import Layout, Parts, ambiguous, parts_of, split
-from optimjax.interop._torch_state import from_torch, to_torch
+from optimjax.interop._torch_state import from_torch, is_state, to_torch
 from optimjax.interop._torch_weights import weights
 
 __all__ = ["add_arguments", "run"]
@@ -80,10 +80,6 @@ def _content(path: Path, back: bool) -> Any:
 # --- What is in a checkpoint ------------------------------------------------------------------------------------------
 
 
-def _is_state(value: Any) -> bool:
-    return isinstance(value, Mapping) and {"state", "param_groups"} <= value.keys()
-
-
 def _is_weights(value: Any) -> bool:
     """A dict of arrays by name, as ``state_dict()`` of a model is."""
     return isinstance(value, Mapping) and bool(value) and all(map(is_array, value.values()))
@@ -91,8 +87,8 @@ def _is_weights(value: Any) -> bool:
 
 def _parts(value: Any) -> Iterator[tuple[Any, bool]]:
     """The optimizers' states and the weights in nested dicts; for each whether it is weights."""
-    if _is_state(value) or _is_weights(value):
-        yield value, not _is_state(value)
+    if is_state(value) or _is_weights(value):
+        yield value, not is_state(value)
     elif isinstance(value, Mapping):
         for entry in value.values():
             yield from _parts(entry)
@@ -158,7 +154,7 @@ def _model(place: str) -> Any:
 
 
 def _converted(value: Any, layout: Layouts, names: Sequence[str] | None, back: bool) -> Any:
-    if _is_state(value):
+    if is_state(value):
         if back:
             return to_torch(value, layout=layout or None, names=names, tensors=False)
         return from_torch(value, layout=layout or None, names=names)
@@ -222,7 +218,7 @@ def _described(name: str, part: Layout) -> str:
 def _summary(value: Any, path: str) -> Iterator[str]:
     """A line for each optimizer and each set of weights."""
     label = path.removeprefix(".") or "the file"
-    if _is_state(value):
+    if is_state(value):
         groups = value["param_groups"]
         count = sum(len(group["params"]) for group in groups)
         yield f"{label}: state of {count} parameters in {len(groups)} group{'s' * (len(groups) != 1)}"

@@ -12,7 +12,7 @@ from optimjax.interop._torch_entries import join_entries, label, matrix_axes, sh
 from optimjax.interop._torch_layout import LayoutLike, Parts, parts_of
 from optimjax.interop._torch_vectors import Entries, Member, is_joint, joint_to_ours, joint_to_torch
 
-__all__ = ["from_torch", "to_torch"]
+__all__ = ["from_torch", "is_state", "to_torch"]
 
 Layouts = Mapping[str, LayoutLike] | None
 SPLIT = "torch_group"  # the key that says which of PyTorch's groups a group is a part of
@@ -66,12 +66,11 @@ def from_torch(
     ['fc.kernel'] (32, 10)
     """
     if _are_several(state_dict):
-        by_algorithm = names if isinstance(names, Mapping) else {}
-        states = {
-            algorithm: from_torch(one, layout=layout, names=by_algorithm.get(algorithm))
-            for algorithm, one in state_dict.items()
-        }
-        return _as_one(states)
+        if not isinstance(names, Mapping | None):
+            raise ValueError(f"of several state dicts, names is a dict with the same keys, got {names!r}")
+        return _as_one(
+            {key: from_torch(one, layout=layout, names=(names or {}).get(key)) for key, one in state_dict.items()}
+        )
     if isinstance(names, Mapping):
         raise ValueError(f"names is a dict only for a dict of state dicts, got {names!r}")
     saved = _Saved(state_dict, layout, names)
@@ -152,12 +151,13 @@ def to_torch(
 # --- Several optimizers in one --------------------------------------------------------------------------------------
 
 
-def _is_state(value: Any) -> bool:
+def is_state(value: Any) -> bool:
+    """Whether this is the state dict of an optimizer."""
     return isinstance(value, Mapping) and {"state", "param_groups"} <= value.keys()
 
 
 def _are_several(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value) and not _is_state(value) and all(map(_is_state, value.values()))
+    return isinstance(value, Mapping) and bool(value) and not is_state(value) and all(map(is_state, value.values()))
 
 
 def _as_one(states: Mapping[Any, dict[str, Any]]) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def _as_one(states: Mapping[Any, dict[str, Any]]) -> dict[str, Any]:
 
 def _apart(state_dict: Any) -> dict[Any, dict[str, Any]]:
     """The state dicts that were made one, by algorithm; none if there is one algorithm."""
-    groups = state_dict["param_groups"] if _is_state(state_dict) else ()
+    groups = state_dict["param_groups"] if is_state(state_dict) else ()
     if not isinstance(groups, (list, tuple)) or not all(isinstance(group, Mapping) for group in groups):
         return {}
     of: dict[Any, list[dict[str, Any]]] = {}

@@ -197,6 +197,7 @@ def with_state(entries: Any, **group: Any) -> dict[str, Any]:
         (with_state(LBFGS), {}, r"the layout must name each of them, and does not name 'fc\.weight'"),
         (with_state(LBFGS), {"layout": FC}, r"the layout does not say the shape of 'fc\.weight'"),
         (with_state(LBFGS), {"layout": HEADS}, r"a vector of LBFGS has shape \(6,\), its parameters have 16"),
+        ({"Adam": saved((4, 2))}, {"names": ["w"]}, "of several state dicts, names is a dict with the same keys"),
         ({"optimizer": saved((4, 2))}, {}, r"names of their optimizers' classes as keys, got \['optimizer'\]"),
         (saved(), {"names": {"Adam": ["w"]}}, "names is a dict only for a dict of state dicts"),
         ({"state": {}}, {}, r"has the keys 'state' and 'param_groups', got \['state'\]"),
