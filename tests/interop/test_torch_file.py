@@ -4,6 +4,8 @@ import collections
 import io
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -226,6 +228,21 @@ def test_other_files_are_refused(torch: Any) -> None:
     optim.save("ours.safetensors", {"x": np.ones(2)})
     with pytest.raises(ValueError, match=r"was written by optim\.save, and optim\.load reads it"):
         interop.load("ours.safetensors")
+
+
+def test_pytorch_is_not_imported() -> None:
+    """Neither by the module, nor by the command line, nor by reading and writing files."""
+    script = """
+import sys
+import numpy as np
+import optimjax.__main__
+from optimjax.interop import torch as interop
+state = {"state": {0: {"step": np.ones(())}}, "param_groups": [{"params": [0]}]}
+interop.save("x.pt", interop.to_torch(state, tensors=False))
+interop.from_torch(interop.load("x.pt"))
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------------
