@@ -42,8 +42,8 @@ def flax_layout(
                                                      "second.l0"}`` says where a further layer is
     ===============================================  ================================================================
 
-    PyTorch's cells have two biases, those of Flax one, and two are trained otherwise than one. Give the cell the other
-    one when you make it: ``cell.dense_i = nnx.Linear(inputs, 4 * hidden, rngs=rngs)`` in an ``OptimizedLSTMCell``,
+    PyTorch's cells have two biases, those of Flax one, and two biases train differently from one. Give the cell its
+    second one when you make it: ``cell.dense_i = nnx.Linear(inputs, 4 * hidden, rngs=rngs)`` in an ``OptimizedLSTMCell``,
     ``cell.dense_h = nnx.Linear(hidden, 3 * hidden, rngs=rngs)`` in a ``GRUCell``.
 
     Parameters that are in no such layer keep their name and their axes, if no two axes have the same size; else
@@ -270,8 +270,8 @@ def _rest(parts: Parts | str) -> tuple[Any, Any]:
 
 
 _BIAS = (
-    "PyTorch trains two biases where this cell has one, and without it the run is not the same; give the cell the "
-    "other one when you make it: cell.{name} = nnx.Linear(..., rngs=rngs)"
+    "PyTorch trains two biases where this cell has one, and the run would not be the same; give the cell its second "
+    "one when you make it: cell.{name} = nnx.Linear(..., rngs=rngs)"
 )
 _SIDES = {"ih": "i", "hh": "h"}
 
