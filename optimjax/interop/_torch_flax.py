@@ -43,8 +43,8 @@ def flax_layout(
     ===============================================  ================================================================
 
     PyTorch's cells have two biases, those of Flax one, and two biases train differently from one. Give the cell its
-    second one when you make it: ``cell.dense_i = nnx.Linear(inputs, 4 * hidden, rngs=rngs)`` in an ``OptimizedLSTMCell``,
-    ``cell.dense_h = nnx.Linear(hidden, 3 * hidden, rngs=rngs)`` in a ``GRUCell``.
+    second one when you make it: ``cell.dense_i = nnx.Linear(inputs, 4 * hidden, rngs=rngs)`` in an
+    ``OptimizedLSTMCell``, ``cell.dense_h = nnx.Linear(hidden, 3 * hidden, rngs=rngs)`` in a ``GRUCell``.
 
     Parameters that are in no such layer keep their name and their axes, if no two axes have the same size; else
     ``layout`` must say what they are.
