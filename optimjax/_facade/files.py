@@ -26,7 +26,7 @@ from optimjax._core.foreign import from_tensor, is_nnx
 from optimjax._core.states import is_registered, named_state
 from optimjax._facade.template import entries_of, like_template
 
-__all__ = ["load", "save"]
+__all__ = ["load", "replacing", "save"]
 
 
 def save(path: str | os.PathLike[str], state_dict: Any) -> None:
@@ -70,7 +70,7 @@ def save(path: str | os.PathLike[str], state_dict: Any) -> None:
         content = json.dumps(_packed(state_dict, "", tensors))
     except RecursionError:
         raise ValueError("cannot save what holds itself, or is nested too deeply") from None
-    with _replacing(_target(path)) as temporary:
+    with replacing(path) as temporary:
         _write(temporary, content, tensors)
 
 
@@ -186,8 +186,9 @@ def _target(path: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(place: str | os.PathLike[str]) -> Iterator[Path]:
     """A file that takes the place of another one when it is complete; if anything is raised, nothing has changed."""
+    path = _target(place)
     temporary = path.with_name(f".{uuid.uuid4().hex}")  # short, because the file's own name may be as long as can be
     try:
         temporary.touch(exist_ok=False)

@@ -1,6 +1,7 @@
 """Groups of parameters as an optimizer takes them: what may be in one, and errors for what looks like one."""
 
 import difflib
+import inspect
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -88,8 +89,14 @@ def _algorithm(algorithm: Any, own: Definition, where: str) -> Definition:
 
 
 def defaults_of(definition: Definition, options: Mapping[str, Any] = {}) -> dict[str, Any]:
-    """The options of a group with an ``algorithm``, with the defaults of its class."""
-    given = {name: value for name, value in options.items() if name in definition.hyperparameters.kinds}
+    """The options of a group with an ``algorithm``, with the defaults of its class.
+
+    What the class sets by itself, as ``AdamW`` decoupled decay, its constructor does not take.
+    """
+    taken = inspect.signature(definition.owner).parameters
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    known = {name for name in definition.hyperparameters.kinds if passes_on or name in taken}
+    given = {name: value for name, value in options.items() if name in known}
     return {name: without_tensors(value) for name, value in definition.defaults(**given).items()}
 
 

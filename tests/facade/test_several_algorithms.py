@@ -346,6 +346,19 @@ def test_resuming_is_bit_for_bit() -> None:
         assert_equal(each.state_dict()["state"], optimizer.state_dict()["state"])
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if not case.sparse], ids=str)
+def test_a_group_of_every_algorithm_loads_what_it_saved(case: Case) -> None:
+    """Also of one that sets an option by itself, which its constructor does not take."""
+    kinds = {"params": HIDDEN, "algorithm": case.optimizer, **case.ours(case.base)}
+    source, other = (optim.SGD([kinds, {"params": REST}], lr=0.1) for _ in range(2))
+    source.step([HIDDEN, REST])
+    other.load_state_dict(source.state_dict())
+    assert other.state_dict()["param_groups"] == source.state_dict()["param_groups"]
+    source.step([HIDDEN, REST])
+    other.load_state_dict(source.state_dict())
+    assert_equal(other.state_dict()["state"], source.state_dict()["state"])
+
+
 def test_a_file_keeps_the_names_of_algorithms(tmp_path: Any) -> None:
     optimizer = mixed()
     optimizer.step(loss_fn, X)
