@@ -6,7 +6,7 @@ from optimjax import functional, lr_scheduler, optimizer, plot, schedules, swa_u
 from optimjax._facade.clip import clip_grad_norm, clip_grad_norm_, clip_grad_value, clip_grad_value_
 from optimjax._facade.files import load, save
 from optimjax._params.grouping import group_parameters
-from optimjax._params.matrices import muon_groups
+from optimjax._params.muon_groups import muon_groups
 from optimjax._params.parameter import Parameter
 from optimjax._params.source import named_parameters, parameters
 from optimjax.algorithms.adadelta import Adadelta

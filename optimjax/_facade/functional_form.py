@@ -1,5 +1,6 @@
 """From the class to the functional form and back: the same parameters and state, in the other form."""
 
+import keyword
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -44,6 +45,8 @@ def algorithm_of(
     if not _is_mixed(groups):
         return make(hyperparameters(own, groups, handed))
     parts = _parts(own, groups)
+    if not parts:
+        raise ValueError("all parameters are frozen, so none of the algorithms has a functional form")
     labels = {
         parameter: label for label, part in parts.items() for group in part.groups for parameter in group["params"]
     }
@@ -68,13 +71,19 @@ def _parts(own: Definition, groups: Groups) -> dict[str, Part]:
             alike.setdefault((definition, flags), []).append(group)
     parts: dict[str, Part] = {}
     for (definition, _), members in alike.items():
-        label = name = function_name(definition.name)
+        label = name = _legal_label(function_name(definition.name))
         number = 1
         while label in parts:
             number += 1
             label = f"{name}_{number}"
         parts[label] = Part(definition, members)
     return parts
+
+
+def _legal_label(name: str) -> str:
+    """The name of a function as the name of a field of a state."""
+    name = name.lstrip("_")
+    return f"{name}_" if keyword.iskeyword(name) or name == "step" else name
 
 
 def hyperparameters(definition: Definition, groups: Groups, handed: Handed) -> dict[str, Any]:

@@ -78,12 +78,14 @@ def _algorithm(algorithm: Any, own: Definition, where: str) -> Definition:
         definition = known[algorithm]
     else:
         definition = getattr(algorithm, "definition", None)
+        if isinstance(definition, Definition) and not isinstance(algorithm, type):
+            raise TypeError(f"algorithm{where} must be the class {definition.name} itself, not an optimizer made of it")
         if not isinstance(algorithm, type) or not isinstance(definition, Definition):
             raise TypeError(f"algorithm{where} must be an optimizer class or the name of one, got {algorithm!r}")
     for one in (own, definition):
         if one.rule is None or (one is definition and one.own_step):
             raise ValueError(
-                f"{one.name} has a step of its own, so it cannot share an optimizer with another algorithm{where}"
+                f"{one.name} has a step of its own, so it cannot share an optimizer: see 'algorithm'{where}"
             )
     return definition
 
@@ -114,7 +116,7 @@ def _check_not_of_others(options: Mapping[str, Any], definition: Definition, whe
 
 def _check_keys(group: Mapping[str, Any], definition: Definition, defaults: Mapping[str, Any], where: str) -> None:
     """Raise for a misspelt option; a key that resembles none is the user's own."""
-    known = definition.hyperparameters.kinds.keys() | defaults.keys()
+    known = definition.hyperparameters.kinds.keys() | defaults.keys() | {"algorithm"}
     for name in group:
         meant = None if name in known else _meant(name, known)
         if meant is not None and not any(name in other.hyperparameters.kinds for other in _definition.package):
@@ -132,6 +134,8 @@ _OTHER_NAMES = {
     "beta": "betas",
     "beta1": "betas",
     "beta2": "betas",
+    "algo": "algorithm",
+    "optimizer": "algorithm",
 }
 
 
