@@ -32,6 +32,7 @@ __all__ = [
     "check_overrides",
     "factory",
     "function_name",
+    "spread",
     "state_class",
 ]
 
