@@ -18,9 +18,10 @@ from jax.core import Tracer
 from optimjax._core.algorithm import Algorithm
 from optimjax._core.containers import own_memory
 from optimjax._core.definition import as_number, names_of_others
+from optimjax._core.foreign import is_variable
 from optimjax._core.reading import ShapeError, as_count, slot_array
 from optimjax._core.sparse import is_sparse
-from optimjax._core.tree import check_gradient, copied_array, distinct_names
+from optimjax._core.tree import check_gradient, copied_array, distinct_names, dotted
 from optimjax._engine.handover import Call, Launch, Program, kinds
 from optimjax._engine.interned import interned
 from optimjax._engine.loss import value_and_grad
@@ -172,9 +173,12 @@ class Kept:
 
 def paths_of(state: Any) -> tuple[list[str], list[Any], Any]:
     """The paths of the arrays of a state, as in ``functional_state()``; the arrays; the structure."""
-    found, _ = jax.tree_util.tree_flatten_with_path({"tx": state})
     leaves, structure = jax.tree.flatten(state)
-    return distinct_names([path for path, _ in found]), leaves, structure
+    paths: list[Any] = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path({"tx": state}, is_leaf=is_variable)[0]:
+        below = [inner for inner, _ in jax.tree_util.tree_flatten_with_path(leaf)[0]]
+        paths += [path] if len(below) == 1 else [(*path, *inner) for inner in below]
+    return distinct_names(paths), leaves, structure
 
 
 def read(value: Any, like: Any, param: Array, where: str) -> Array:
@@ -513,7 +517,8 @@ class FromOptax(Optimizer):
             expected = jax.eval_shape(self._algorithm({"tx": self._tx, "lr": 1.0}).init, tree)
             paths, leaves, _ = paths_of(getattr(state, "tx", None))
             # A transformation may keep another dtype than it begins with.
-            dtypes = {f"state.{path}": {jnp.result_type(leaf)} for path, leaf in zip(paths, leaves, strict=True)}
+            named = jax.tree_util.tree_flatten_with_path({"state": state})[0]
+            dtypes = {dotted(path): {jnp.result_type(leaf)} for path, leaf in named}
             functional_form.check_like((params, state), (tree, expected), dtypes)
             values = dict(zip(trained, map(jnp.asarray, structure.flatten_up_to(params)), strict=True))
             arrays = dict(zip(paths, map(jnp.asarray, leaves), strict=True))
