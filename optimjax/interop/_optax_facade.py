@@ -155,7 +155,7 @@ class Kept:
     trained: list[Parameter]
     structure: Any  # of the state of optax
     paths: tuple[str, ...]
-    leaves: list[Array]
+    slots: list[Array]
     step: int
 
     def names(self) -> tuple[str, ...]:
@@ -164,7 +164,7 @@ class Kept:
 
     def entries(self) -> dict[str, Any]:
         """The count of updates, and each array by its path."""
-        return {"step": self.step, **dict(zip(self.paths, self.leaves, strict=True))}
+        return {"step": self.step, **dict(zip(self.paths, self.slots, strict=True))}
 
     def left(self) -> list[Any]:
         """Nothing has to be set once the entries are the state."""
@@ -316,7 +316,7 @@ class FromOptax(Optimizer):
             given = {parameter: own_memory(grad) for parameter, grad in gradients() if grad is not None}
             grads = self._checked_gradients(trained, given)
             problem, kept, params, rates = self._problem(trained, (structure, static))
-            state = distinct(kept.leaves, (params, grads, traced))
+            state = distinct(kept.slots, (params, grads, traced))
             params = distinct(params, (grads, traced)) if self.donate else params
             key = problem, *kinds(state), *kinds(params), *kinds(grads), *kinds(traced)
             arguments = problem, state, params, grads, rates, traced
@@ -334,7 +334,7 @@ class FromOptax(Optimizer):
             call = self._stepper.call_of(self.param_groups, self._handed, loss_function, args)
             self._checked_gradients(self._structure()[0], dict.fromkeys(call.parameters))
             problem, kept, params, rates = self._problem(call.parameters, (jax.tree.structure({}), ()))
-            state = distinct(kept.leaves, (params, call.traced))
+            state = distinct(kept.slots, (params, call.traced))
             params = distinct(params, call.traced) if self.donate else params
             key = problem, call.structure, *kinds(state), *kinds(params), *kinds(call.traced)
             arguments = problem, call.structure, state, params, call.traced, rates
@@ -389,7 +389,7 @@ class FromOptax(Optimizer):
         group_of = {p: index for index, group in enumerate(self.param_groups) for p in group["params"]}
         kept, values = self._present(), [parameter.value for parameter in parameters]
         several = jax.device_count() > 1
-        pins = tuple(tuple(pin(x) if several else None for x in arrays) for arrays in (kept.leaves, values))
+        pins = tuple(tuple(pin(x) if several else None for x in arrays) for arrays in (kept.slots, values))
         problem = interned(
             Problem,
             self._tx,
@@ -413,7 +413,7 @@ class FromOptax(Optimizer):
         for parameter, value in zip(parameters, values, strict=True):
             parameter._write(value)
         # What comes out as it went in is the very same array, which the user may hold; the next step needs its own.
-        kept = dataclasses.replace(before, leaves=distinct(leaves, given), step=before.step + 1)
+        kept = dataclasses.replace(before, slots=distinct(leaves, given), step=before.step + 1)
         entry = self.state[KEY] = ParameterState.of(self.state.get(KEY, {}))
         return entry.moved(kept, self._stepper.handover)
 
@@ -439,7 +439,7 @@ class FromOptax(Optimizer):
             paths, leaves, structure = paths_of(initial(self._tx, self._tree()))
             return Kept(trained, structure, tuple(paths), leaves, 0)
         kept = self._read(dict(entry), "state['optax']")
-        return kept if looking else dataclasses.replace(kept, leaves=list(map(copied_array, kept.leaves)))
+        return kept if looking else dataclasses.replace(kept, slots=list(map(copied_array, kept.slots)))
 
     def _read(self, entries: Any, what: str) -> Kept:
         """The state that entries say, loaded or edited.
@@ -502,7 +502,7 @@ class FromOptax(Optimizer):
         with self._looking():
             kept = self._present(looking=True)
             step = jnp.int32(kept.step)
-            state = STATE(place(step, kept.trained[0].value), kept.structure.unflatten(kept.leaves))
+            state = STATE(place(step, kept.trained[0].value), kept.structure.unflatten(kept.slots))
             return self._tree(), state
 
     def load_functional_state(self, params: Any, state: Any) -> None:
