@@ -142,7 +142,9 @@ def update_from_loss(
 
 
 by_gradients = Program(update, static=1)
-STATE_AND_PARAMS = {False: ((1,), (2,)), True: ((1, 2), (2, 3))}  # positions that may be updated in place, by `donate`
+# Positions of the state, and of the state and parameters, that the two programs may update in place: by `donate`.
+GIVEN_TO_UPDATE = (1,), (1, 2)
+GIVEN_TO_UPDATE_FROM_LOSS = (2,), (2, 3)
 
 
 # --- What is kept -----------------------------------------------------------------------------------------------------
@@ -320,7 +322,7 @@ class FromOptax(Optimizer):
             params = distinct(params, (grads, traced)) if self.donate else params
             key = problem, *kinds(state), *kinds(params), *kinds(grads), *kinds(traced)
             arguments = problem, state, params, grads, rates, traced
-            donated = STATE_AND_PARAMS[False][self.donate]
+            donated = GIVEN_TO_UPDATE[self.donate]
             commit = functools.partial(self._commit, trained, kept, (params, grads, traced))
             return Launch(by_gradients, donated, [Call(key, arguments)], commit)
 
@@ -344,7 +346,7 @@ class FromOptax(Optimizer):
                 call.write_back(changed)
                 return self._commit(call.parameters, kept, (params, call.traced), [(leaves, new)])
 
-            return Launch(program, STATE_AND_PARAMS[True][self.donate], [Call(key, arguments)], commit)
+            return Launch(program, GIVEN_TO_UPDATE_FROM_LOSS[self.donate], [Call(key, arguments)], commit)
 
         ((_, _, loss, _),) = self._stepper.handover.launch(plan)
         return loss

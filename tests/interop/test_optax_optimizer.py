@@ -14,6 +14,7 @@ import optax
 import optax_cases
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from optax_cases import PARAMS, X, loss
 
 import optimjax as optim
@@ -621,27 +622,34 @@ def test_shown() -> None:
     assert "FromOptax" in optimizer._repr_html_()
 
 
-def test_on_a_mesh(compilations: Any) -> None:
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_on_a_mesh(kind: str, compilations: Any) -> None:
     """Parameters and state stay where they are, and the second step compiles nothing."""
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    params = {
-        "w": jax.device_put(jnp.arange(16.0).reshape(8, 2) / 10, sharding),
-        "b": jax.device_put(jnp.ones(2), whole),
-    }
-    optimizer = optim.FromOptax(params, TX)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType[kind],))
+    place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))  # noqa: E731
+    params = {"w": place(jnp.arange(16.0).reshape(8, 2) / 10, "d"), "b": place(jnp.ones(2))}
 
     def squares(params: Any, x: Any) -> Any:
         return jnp.sum((x @ params["w"] + params["b"]) ** 2)
 
-    x = jax.device_put(jnp.ones((3, 8)), whole)
-    optimizer.step(squares, x)
-    before = compilations()
-    for _ in range(2):
+    with jax.set_mesh(mesh):
+        optimizer, x = optim.FromOptax(params, TX), place(jnp.ones((3, 8)))
         optimizer.step(squares, x)
-    assert compilations() == before
-    assert optimizer.params["w"].sharding.is_equivalent_to(sharding, 2)
-    assert optimizer.state["optax"]["tx.1.0.mu.w"].sharding.is_equivalent_to(sharding, 2)
-    alone = by_optax(TX, jax.tree.map(lambda p: jnp.asarray(np.asarray(p)), params), 3, lambda p: squares(p, x))
+        before = compilations()
+        for _ in range(2):
+            optimizer.step(squares, x)
+        assert compilations() == before
+        kept = [optimizer.params["w"], optimizer.state["optax"]["tx.1.0.mu.w"]]
+    for array in kept:
+        assert array.sharding.is_equivalent_to(params["w"].sharding, 2)
+    alone = by_optax(TX, jax.tree.map(np.asarray, params), 3, lambda p: squares(p, jnp.ones((3, 8))))
     chex.assert_trees_all_close(jax.tree.map(np.asarray, optimizer.params), alone, rtol=1e-5)
+
+
+def test_strict_promotion() -> None:
+    """What optax relies on is not asked of the user."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        optimizer = optim.FromOptax(PARAMS, TX)
+        for _ in range(2):
+            optimizer.step({"base": {"w": jnp.ones((3, 2))}, "b": jnp.ones(2)})
+    assert optimizer.state["optax"]["step"] == 2
