@@ -165,12 +165,21 @@ class Kept:
         return ("step", *self.paths)
 
     def entries(self) -> dict[str, Any]:
-        """The count of updates, and each array by its path."""
-        return {"step": self.step, **dict(zip(self.paths, self.slots, strict=True))}
+        """The count of updates, and each array by its path.
+
+        One that goes with any dtype, because JAX has made it of a Python number, is a Python number: then it does so
+        again after loading.
+        """
+        values = [slot.item() if _is_weak_number(slot) else slot for slot in self.slots]
+        return {"step": self.step, **dict(zip(self.paths, values, strict=True))}
 
     def left(self) -> list[Any]:
         """Nothing has to be set once the entries are the state."""
         return []
+
+
+def _is_weak_number(slot: Array) -> bool:
+    return not isinstance(slot, Tracer) and slot.ndim == 0 and getattr(slot, "weak_type", False)  # which keys lack
 
 
 def paths_of(state: Any) -> tuple[list[str], list[Any], Any]:
@@ -198,8 +207,8 @@ def read(value: Any, like: Any, param: Array, where: str) -> Array:
     array = slot_array(value, like.dtype, where)
     if array.shape != like.shape:
         raise ShapeError(f"{where} has shape {array.shape}, expected {like.shape}")
-    if like.weak_type and array.ndim == 0 and array.dtype == like.dtype and not isinstance(value, Array):
-        array = jnp.asarray(array.item())  # so that it goes with other dtypes as it did, and compiles nothing
+    if like.weak_type and isinstance(value, (bool, int, float, complex)):
+        array = jnp.asarray(value)
     return array if sharding_of(value) is not None else place(array, param)
 
 
@@ -318,12 +327,11 @@ class FromOptax(Optimizer):
             given = {parameter: own_memory(grad) for parameter, grad in gradients() if grad is not None}
             grads = self._checked_gradients(trained, given)
             problem, kept, params, rates = self._problem(trained, (structure, static))
-            state = distinct(kept.slots, (params, grads, traced))
             params = distinct(params, (grads, traced)) if self.donate else params
-            key = problem, *kinds(state), *kinds(params), *kinds(grads), *kinds(traced)
-            arguments = problem, state, params, grads, rates, traced
+            key = problem, *kinds(kept.slots), *kinds(params), *kinds(grads), *kinds(traced)
+            arguments = problem, kept.slots, params, grads, rates, traced
             donated = GIVEN_TO_UPDATE[self.donate]
-            commit = functools.partial(self._commit, trained, kept, (params, grads, traced))
+            commit = functools.partial(self._commit, trained, kept)
             return Launch(by_gradients, donated, [Call(key, arguments)], commit)
 
         self._stepper.handover.launch(plan)
@@ -336,15 +344,14 @@ class FromOptax(Optimizer):
             call = self._stepper.call_of(self.param_groups, self._handed, loss_function, args)
             self._checked_gradients(self._structure()[0], dict.fromkeys(call.parameters))
             problem, kept, params, rates = self._problem(call.parameters, (jax.tree.structure({}), ()))
-            state = distinct(kept.slots, (params, call.traced))
             params = distinct(params, call.traced) if self.donate else params
-            key = problem, call.structure, *kinds(state), *kinds(params), *kinds(call.traced)
-            arguments = problem, call.structure, state, params, call.traced, rates
+            key = problem, call.structure, *kinds(kept.slots), *kinds(params), *kinds(call.traced)
+            arguments = problem, call.structure, kept.slots, params, call.traced, rates
 
             def commit(results: list[Any]) -> list[tuple[Any, str, Any]]:
                 ((leaves, new, _, changed),) = results
                 call.write_back(changed)
-                return self._commit(call.parameters, kept, (params, call.traced), [(leaves, new)])
+                return self._commit(call.parameters, kept, [(leaves, new)])
 
             return Launch(program, GIVEN_TO_UPDATE_FROM_LOSS[self.donate], [Call(key, arguments)], commit)
 
@@ -407,15 +414,12 @@ class FromOptax(Optimizer):
         traced = any(isinstance(rate, Tracer) for rate in rates)
         return problem, kept, values, rates if traced else np.array(rates)
 
-    def _commit(
-        self, parameters: Sequence[Parameter], before: Kept, given: Any, results: list[Any]
-    ) -> list[tuple[Any, str, Any]]:
+    def _commit(self, parameters: Sequence[Parameter], before: Kept, results: list[Any]) -> list[tuple[Any, str, Any]]:
         """Write results; see :class:`optimjax._engine.handover.Launch`."""
         ((leaves, values),) = results
         for parameter, value in zip(parameters, values, strict=True):
             parameter._write(value)
-        # What comes out as it went in is the very same array, which the user may hold; the next step needs its own.
-        kept = dataclasses.replace(before, slots=distinct(leaves, given), step=before.step + 1)
+        kept = dataclasses.replace(before, slots=list(leaves), step=before.step + 1)
         entry = self.state[KEY] = ParameterState.of(self.state.get(KEY, {}))
         return entry.moved(kept, self._stepper.handover)
 

@@ -1,5 +1,6 @@
 """``optim.FromOptax``: a transformation of optax behind groups, schedulers, hooks and state dicts."""
 
+import contextlib
 import copy
 import pickle
 from collections.abc import Callable, Iterator
@@ -100,9 +101,10 @@ def test_a_new_rate_compiles_nothing(compilations: Any) -> None:
         assert compilations() == before, form
 
 
-@pytest.mark.parametrize(
-    "name", ["schedule_free_adamw", "mechanize", "lbfgs", "snapshot", "apply_if_finite", "prodigy", "momo"]
-)
+KEEPING = ["schedule_free_adamw", "mechanize", "lbfgs", "snapshot", "apply_if_finite", "prodigy", "momo"]
+
+
+@pytest.mark.parametrize("name", [name for name in KEEPING if name in optax_cases.transformations()])
 @pytest.mark.parametrize("donate", [False, True])
 def test_arrays_that_users_hold_stay(name: str, donate: bool) -> None:
     """Some transformations keep the parameters themselves in their state, which a step updates in place."""
@@ -117,6 +119,20 @@ def test_arrays_that_users_hold_stay(name: str, donate: bool) -> None:
         held.append((optimizer.functional_state()[1], jax.tree.map(np.array, optimizer.functional_state()[1])))
     for arrays, values in held:
         assert_equal(arrays, values)
+
+
+@pytest.mark.parametrize("form", ["step(loss)", "step(grads)"])
+def test_a_state_that_is_the_parameters(form: str) -> None:
+    """It begins with them, and is then those before the step: the very arrays that users hold."""
+    tx = optax.GradientTransformation(lambda params: params, lambda grads, state, params: (grads, params))
+    given = jax.tree.map(jnp.copy, PARAMS)
+    optimizer = optim.FromOptax(given, tx)
+    held = [given]
+    for _ in range(4):
+        FORMS[form](optimizer)
+        held.append(optimizer.params)
+    assert len({float(params["b"][0]) for params in held}) == 5
+    assert_equal(optimizer.functional_state()[1].tx, held[-2])
 
 
 # --- Groups and schedulers ------------------------------------------------------------------------------------------
@@ -191,12 +207,12 @@ def test_parameters_are_a_list_or_a_dict_for_optax(named: bool) -> None:
 class Net(nnx.Module):
     def __init__(self) -> None:
         rngs = nnx.Rngs(0)
+        self.norm = nnx.BatchNorm(3, rngs=rngs)  # first, or the gradient of a bias before it would be rounding alone
         self.base = nnx.Linear(3, 4, rngs=rngs)
-        self.norm = nnx.BatchNorm(4, rngs=rngs)
         self.head = nnx.Linear(4, 1, rngs=rngs)
 
     def __call__(self, x: Any) -> Any:
-        return self.head(nnx.tanh(self.norm(self.base(x))))
+        return self.head(nnx.tanh(self.base(self.norm(x))))
 
 
 def net_loss(net: Any, x: Any) -> Any:
@@ -227,6 +243,37 @@ def test_a_module(how: str) -> None:
     assert_close(nnx.to_pure_dict(nnx.state(ours)), nnx.to_pure_dict(nnx.state(theirs)))
     if how == "module":
         assert "tx.1.0.mu.base.kernel" in optimizer.state["optax"]
+
+
+def test_parameters_in_groups_in_another_order_than_the_module() -> None:
+    """Each by the rate of its own group, whichever way it is found."""
+    model = Net()
+    boxes = dict(optim.named_parameters(model))
+    names = list(boxes)
+    order = [*names[1::2], *names[::2]]
+    groups = [{"params": [boxes[name]], "lr": 0.5 + index} for index, name in enumerate(order)]
+    optimizer = optim.FromOptax(groups, optax.sgd(0.1))
+    before = {name: box.value for name, box in boxes.items()}
+    optimizer.backward(net_loss, model, X)
+    grads = {name: box.grad for name, box in boxes.items()}
+    optimizer.step(net_loss, model, X)
+    expected = {name: before[name] - (0.5 + index) * 0.1 * grads[name] for index, name in enumerate(order)}
+    assert_close({name: box.value for name, box in boxes.items()}, expected)
+
+
+def test_what_a_loss_writes_into_a_parameter_is_kept() -> None:
+    def writing(net: Any, x: Any) -> Any:
+        loss = net_loss(net, x)
+        net.head.bias.set_value(net.head.bias[...] + 1.0)
+        return loss
+
+    ours, theirs = Net(), Net()
+    one, other = optim.FromOptax(ours, optax.sgd(0.1)), optim.SGD(theirs, lr=0.1)
+    for optimizer in (one, other):
+        for _ in range(2):
+            optimizer.step(writing, X)
+    assert_close(nnx.to_pure_dict(nnx.state(ours)), nnx.to_pure_dict(nnx.state(theirs)))
+    assert ours.head.bias[0] > 1.9
 
 
 def test_frozen_parameters_are_none_for_optax() -> None:
@@ -413,6 +460,26 @@ def test_a_resumed_run_is_the_same_to_the_bit(name: str, way: str, tmp_path: Pat
     a, b = optimizer.functional_state(), resumed.functional_state()
     keys = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x  # noqa: E731
     assert_equal(jax.tree.map(keys, a), jax.tree.map(keys, b))
+
+
+def test_a_number_that_goes_with_any_dtype_does_so_after_loading(tmp_path: Path, compilations: Any) -> None:
+    """A weakly typed one, which does not make float32 of what it meets."""
+
+    def update(grads: Any, state: Any, params: Any) -> Any:
+        return jax.tree.map(lambda grad: -state * grad, grads), state
+
+    tx = optax.GradientTransformation(lambda params: jnp.asarray(0.3), update)
+    params = jnp.asarray(np.random.default_rng(0).normal(size=100), "bfloat16")
+    grads = jnp.asarray(np.random.default_rng(1).normal(size=100), "bfloat16")
+    optimizer = optim.FromOptax(params, tx)
+    optimizer.step(grads)
+    resumed = optim.FromOptax(optimizer.params, tx)
+    resumed.load_state_dict(through_a_file(tmp_path / "x.safetensors", optimizer.state_dict()))
+    before = compilations()
+    for one in (optimizer, resumed):  # of the first, the state was looked at
+        one.step(grads)
+    assert compilations() == before
+    np.testing.assert_array_equal(optimizer.params, resumed.params)
 
 
 def test_a_copy_goes_its_own_way() -> None:
@@ -627,23 +694,24 @@ def test_on_a_mesh(kind: str, compilations: Any) -> None:
     """Parameters and state stay where they are, and the second step compiles nothing."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType[kind],))
     place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))  # noqa: E731
-    params = {"w": place(jnp.arange(16.0).reshape(8, 2) / 10, "d"), "b": place(jnp.ones(2))}
+    params = {"w": place(jnp.full((64, 64), 0.01), "d"), "b": place(jnp.zeros(64))}
 
     def squares(params: Any, x: Any) -> Any:
-        return jnp.sum((x @ params["w"] + params["b"]) ** 2)
+        return jnp.mean(jnp.tanh((x @ params["w"].T if kind == "Auto" else x @ params["w"]) + params["b"] - 1.0) ** 2)
 
-    with jax.set_mesh(mesh):
-        optimizer, x = optim.FromOptax(params, TX), place(jnp.ones((3, 8)))
+    with jax.set_mesh(mesh) if kind == "Explicit" else contextlib.nullcontext():
+        optimizer, x = optim.FromOptax(params, TX), place(jnp.ones((16, 64)))
         optimizer.step(squares, x)
         before = compilations()
         for _ in range(2):
             optimizer.step(squares, x)
         assert compilations() == before
-        kept = [optimizer.params["w"], optimizer.state["optax"]["tx.1.0.mu.w"]]
-    for array in kept:
-        assert array.sharding.is_equivalent_to(params["w"].sharding, 2)
-    alone = by_optax(TX, jax.tree.map(np.asarray, params), 3, lambda p: squares(p, jnp.ones((3, 8))))
-    chex.assert_trees_all_close(jax.tree.map(np.asarray, optimizer.params), alone, rtol=1e-5)
+        state = optimizer.state["optax"]
+        for name, given in params.items():  # which the compiler would spread, too
+            for array in (optimizer.params[name], state[f"tx.1.0.mu.{name}"]):
+                assert array.sharding.is_equivalent_to(given.sharding, given.ndim)
+    alone = by_optax(TX, jax.tree.map(np.asarray, params), 3, lambda p: squares(p, jnp.ones((16, 64))))
+    chex.assert_trees_all_close(jax.tree.map(np.asarray, optimizer.params), alone, rtol=1e-4)
 
 
 def test_strict_promotion() -> None:
