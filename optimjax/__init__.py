@@ -83,6 +83,7 @@ if not TYPE_CHECKING:  # for a type checker, a module with this function has eve
         places = {
             "optim": __all__,
             "the pure function optim.functional": functional.__all__,
+            "optim.interop.optax": interop.optax.__all__,
             "optim.lr_scheduler": lr_scheduler.__all__,
             "optim.schedules": schedules.__all__,
             "optim.swa_utils": swa_utils.__all__,

@@ -1,6 +1,7 @@
 """Our algorithms as optax transformations: the same numbers, in every wrapper, with numbers that can be set."""
 
 import pickle
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -395,6 +396,18 @@ def test_what_cannot_be_is_refused() -> None:
         from_optax(0.1)
     with pytest.raises(ValueError, match="Invalid learning rate: -1"):
         from_optax(optax.adam(0.1), lr=-1)
+
+
+def test_without_optax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it is needed until one of these is called, and then it says what to install."""
+    monkeypatch.setitem(sys.modules, "optax", None)
+    for call in (
+        lambda: to_optax(F.adam()),
+        lambda: from_optax(optax.adam(0.1)).update(PARAMS, PARAMS, from_optax(optax.adam(0.1)).init(PARAMS)),
+        lambda: optim.FromOptax(PARAMS, optax.adam(0.1)).step(loss),
+    ):
+        with pytest.raises(ImportError, match=r"optax, which is not installed: pip install 'optimjax\[interop\]'"):
+            call()
 
 
 def test_extra_arguments() -> None:
