@@ -305,7 +305,7 @@ class FromOptax(Optimizer):
         check_extra(self._tx, extra)
         if extra and callable(grads_or_loss) and not self._are_gradients(grads_or_loss):
             raise TypeError(
-                f"step(loss_fn, ...) itself gives the transformation value, grad and value_fn; got "
+                "step(loss_fn, ...) itself gives the transformation value, grad and value_fn; got "
                 f"{', '.join(map(repr, extra))}: compute gradients and call step(grads, ...)"
             )
         self._extra = extra
@@ -362,10 +362,12 @@ class FromOptax(Optimizer):
         """The parameters that train, in the order of the leaves that optax sees, and the structure that it sees.
 
         Raises:
-          ValueError: a parameter was put into a group by hand, and belongs to nothing that was handed in.
+          ValueError: all are frozen; one was put into a group by hand, and belongs to nothing that was handed in.
         """
         handed = self._view()
         parameters = [parameter for parameter in self._parameters() if parameter.requires_grad]
+        if not parameters:
+            raise ValueError("all of the optimizer's parameters have requires_grad=False: nothing would be trained")
         made_of = [*handed.sources, *parameters]
         if self._known is None or list(map(id, made_of)) != list(map(id, self._known[0])):
             indices = {parameter: index for index, parameter in enumerate(parameters)}

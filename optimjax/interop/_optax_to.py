@@ -111,20 +111,17 @@ def numbers(algorithm: Algorithm, given: Any, of_schedule: Callable[[Any], Any])
     Raises:
       ValueError: what is given has other names, or another structure.
     """
-    return _numbers(own_values(algorithm), given, of_schedule, "hyperparams")
-
-
-def _numbers(own: Mapping[str, Any], given: Any, of_schedule: Callable[[Any], Any], where: str) -> dict[str, Any]:
+    own = own_values(algorithm)
     if not isinstance(given, Mapping) or set(given) != set(own):
         got = sorted(given) if isinstance(given, Mapping) else repr(given)
-        raise ValueError(f"{where} of the state must have the keys {sorted(own)}, got {got}")
+        raise ValueError(f"hyperparams of the state must have the keys {sorted(own)}, got {got}")
     arrays: dict[str, Any] = {}
     for name, value in own.items():
         leaves, treedef = jax.tree.flatten(value, is_leaf=lambda x: isinstance(x, jax.tree_util.Partial))
         try:
             replaced = treedef.flatten_up_to(given[name])
         except ValueError as error:
-            raise ValueError(f"{where}[{name!r}] of the state has another structure: {error}") from None
+            raise ValueError(f"hyperparams[{name!r}] of the state has another structure: {error}") from None
         arrays[name] = treedef.unflatten(
             [
                 _schedule(leaf, of_schedule) if callable(leaf) else _number(one)

@@ -299,6 +299,20 @@ def test_parameters_cannot_be_frozen_or_unfrozen_once_there_is_a_state() -> None
     optimizer.step(loss, X)
 
 
+def test_parameters_that_cannot_be_trained_are_refused() -> None:
+    optimizer = optim.FromOptax([optim.Parameter(jnp.ones(2))], TX)
+    own = optimizer.param_groups[0]["params"][0]
+    own.requires_grad = False
+    own.grad = jnp.ones(2)
+    for call in (optimizer.step, optimizer.functional_state):
+        with pytest.raises(ValueError, match="requires_grad=False: nothing would be trained"):
+            call()
+    tree = optim.FromOptax(PARAMS, TX)
+    tree.param_groups[0]["params"].append(optim.Parameter(jnp.ones(2), name="more"))
+    with pytest.raises(ValueError, match="'more' was put into param_groups by hand"):
+        tree.step(jax.tree.map(jnp.ones_like, PARAMS))
+
+
 def test_masks_and_labels_are_those_of_the_users_structure() -> None:
     tx = optax.chain(optax.masked(optax.add_decayed_weights(0.5), optax_cases.MASK), optax.sgd(0.1))
     optimizer = optim.FromOptax(PARAMS, tx)
