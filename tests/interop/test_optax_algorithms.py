@@ -84,11 +84,12 @@ def test_in_single_precision(case: Case) -> None:
     assert_close(by_optax(to_optax(algorithm), params)[0], by_ours(algorithm, params)[0])
 
 
+WRAPPERS = ["chain", "partition", "masked", "multi_steps", "apply_if_finite"]
+MORE = ["named_chain", "flatten", "conditionally_transform"]
+
+
 @every_case
-@pytest.mark.parametrize(
-    "wrapper",
-    ["chain", "named_chain", "partition", "masked", "multi_steps", "apply_if_finite", "flatten", "conditional"],
-)
+@pytest.mark.parametrize("wrapper", [*WRAPPERS, *(pytest.param(each, marks=pytest.mark.thorough) for each in MORE)])
 def test_in_wrappers(case: Case, wrapper: str) -> None:
     algorithm = case.factory(**case.variants()[1])
     tx, params = to_optax(algorithm), case.fit({"w": PARAMS["base"]["kernel"], "b": PARAMS["base"]["kernel"][0]})
