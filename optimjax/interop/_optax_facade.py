@@ -484,6 +484,13 @@ class FromOptax(Optimizer):
 
         return entries_of
 
+    def state_dict(self) -> dict[str, Any]:
+        """As :meth:`optimjax.Optimizer.state_dict`. Groups name their algorithm, so that no other optimizer loads it."""
+        packed = super().state_dict()
+        for group in packed["param_groups"]:
+            group["algorithm"] = self.definition.name
+        return packed
+
     def _set(self, groups: Iterable[Mapping[str, Any]], state: Mapping[Any, Any]) -> None:
         loaded = state.get(KEY)
         if loaded is not None and not isinstance(loaded, ParameterState):

@@ -424,7 +424,8 @@ def test_what_is_kept() -> None:
     optimizer.step(loss, X)
     saved = optimizer.state_dict()
     assert list(saved["state"]) == ["optax"]
-    assert saved["param_groups"] == [{"lr": 1.0, "params": [0, 1], "param_names": ["b", "base.w"]}]
+    (group,) = saved["param_groups"]
+    assert group == {"lr": 1.0, "params": [0, 1], "param_names": ["b", "base.w"], "algorithm": "FromOptax"}
     assert saved["state"]["optax"]["step"] == 1
     assert "tx.inner_state.0.mu.base.w" in saved["state"]["optax"]
     # The numbers of optax are arrays of the state, and may be replaced there.
@@ -561,6 +562,8 @@ def test_state_dicts_that_do_not_fit_change_nothing() -> None:
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict(state_dict)
         assert_equal(plain(optimizer), before)
+    with pytest.raises(ValueError, match=r"has the algorithm FromOptax of param_groups\[0\], the optimizer has Adam"):
+        adam.load_state_dict(saved)
     key = optim.FromOptax(PARAMS, optax_cases.made("add_noise"))
     key.step(loss, X)
     bad = key.state_dict()
