@@ -31,6 +31,7 @@ __all__ = [
     "check_overrides",
     "factory",
     "function_name",
+    "spread",
 ]
 
 P = ParamSpec("P")

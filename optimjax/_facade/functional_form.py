@@ -20,7 +20,7 @@ from optimjax._engine.state import ParameterState
 from optimjax._params.handed import Handed, name_of
 from optimjax._params.parameter import Parameter
 
-__all__ = ["algorithm_of", "functional_state", "taken_over"]
+__all__ = ["algorithm_of", "check_like", "functional_state", "taken_over"]
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -201,7 +201,7 @@ def taken_over(
     dtypes: dict[str, set[Any]] = {}
     for label in parts:
         dtypes |= _kept_dtypes(label, {p: kept[p] for p in fields[label]}, handed, _of_label(expected, label))
-    _check_like((params, new), (present, expected), dtypes)
+    check_like((params, new), (present, expected), dtypes)
     values = dict(handed.pairs(params))
     written = {key: value for key, value in state.items() if key not in kept}
     for label, part in parts.items():
@@ -268,7 +268,7 @@ def _kept_dtypes(
     return dtypes
 
 
-def _check_like(given: Any, expected: Any, kept: dict[str, set[Any]]) -> None:
+def check_like(given: Any, expected: Any, kept: dict[str, set[Any]]) -> None:
     """Raise where parameters and state have not the structure, shapes and dtypes of the optimizer's own."""
     ours, treedef = jax.tree_util.tree_flatten_with_path(dict(zip(("params", "state"), expected, strict=True)))
     leaves, structure = jax.tree.flatten(dict(zip(("params", "state"), given, strict=True)))

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import optimjax as optim
@@ -52,12 +53,15 @@ class Form:
         return optimizer
 
 
+ADAM = optax.adam(0.05)
 FORMS = {
     "loss": Form(by_loss),
     "gradients": Form(by_gradients),
     "backward": Form(by_backward),
     # One iteration a step, so that the parameters go on moving.
     "LBFGS": Form(by_loss, lambda: optim.LBFGS(START, lr=0.05, max_iter=1)),
+    "optax, loss": Form(by_loss, lambda: optim.FromOptax(START, ADAM)),
+    "optax, gradients": Form(by_gradients, lambda: optim.FromOptax(START, ADAM)),
 }
 both_ways = pytest.mark.parametrize("donate", [False, True], ids=["copying", "in place"])
 
