@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optimjax._core.algorithm import Algorithm, Params, State, check_order, check_overrides, spread, state_class
+from optimjax._core.algorithm import Algorithm, Params, State, check_order, check_overrides, spread
 from optimjax._core.numerics import at_least_float32
 from optimjax._core.sparse import is_sparse
+from optimjax._core.states import state_class
 from optimjax._core.tree import check_gradient, copied_array, flatten_params, match, names
 from optimjax._storage.placement import explicit, place, resharded, sharding_of
 from optimjax.interop._optax_package import accepted, optax

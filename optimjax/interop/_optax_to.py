@@ -12,6 +12,7 @@ from jax import Array
 from optimjax._core.algorithm import Algorithm
 from optimjax._core.hyperparameters import Numeric
 from optimjax._core.partition import Partition
+from optimjax._core.states import registered
 from optimjax._core.tree import flatten_params, match, names
 from optimjax.interop._optax_from import Transformed
 from optimjax.interop._optax_package import accepted
@@ -19,6 +20,7 @@ from optimjax.interop._optax_package import accepted
 __all__ = ["ToOptaxState", "Transformation"]
 
 
+@registered
 class ToOptaxState(NamedTuple):
     """The state of a transformation that :func:`optimjax.interop.optax.to_optax` has made.
 
