@@ -8,9 +8,11 @@ NEWEST ?= $(shell for python in python3.13 $(HOME)/.pyenv/versions/3.13*/bin/pyt
 # How many tests run at once; each takes up to 2 GB of memory. make test WORKERS=4
 WORKERS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 
-# What the short form runs on the newest JAX: the tests of what reaches deepest into it.
+# What the short form runs on the newest JAX: the tests of what reaches deepest into it, but for files that spend their
+# time in arithmetic.
 NEWEST_TESTS ?= tests/functional tests/facade tests/devices $(addprefix tests/invariants/test_,\
-	errors_while_running.py interrupts.py looking.py memory.py)
+	errors_while_running.py interrupts.py looking.py memory.py) $(addprefix --ignore=tests/,\
+	functional/test_hyperparameters.py facade/test_clip_programs.py facade/test_muon_groups.py)
 
 # What runs on the oldest versions that pyproject.toml allows: the tests of what reaches deepest into the neighbours.
 OLDEST_TESTS ?= tests/interop tests/devices tests/facade/test_nnx_models.py tests/facade/test_models.py

@@ -48,8 +48,8 @@ class Form:
     def optimizer(self, donate: bool) -> Any:
         optimizer = self.make()
         optimizer.donate = donate
-        for box in optimizer.param_groups[0]["params"]:
-            box.value = jnp.copy(box.value)  # so that START can be used again
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.value = jnp.copy(parameter.value)  # so that START can be used again
         return optimizer
 
 
