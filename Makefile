@@ -8,15 +8,20 @@ NEWEST ?= $(shell for python in python3.13 $(HOME)/.pyenv/versions/3.13*/bin/pyt
 # How many tests run at once; each takes up to 2 GB of memory. make test WORKERS=4
 WORKERS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 
-# What the short form runs on the newest JAX: the tests of what reaches deepest into it.
+# What the short form runs on the newest JAX: the tests of what reaches deepest into it, but for files that spend their
+# time in arithmetic.
 NEWEST_TESTS ?= tests/functional tests/facade tests/devices $(addprefix tests/invariants/test_,\
-	errors_while_running.py interrupts.py looking.py memory.py)
+	errors_while_running.py interrupts.py looking.py memory.py) $(addprefix --ignore=tests/,\
+	functional/test_hyperparameters.py facade/test_clip_programs.py facade/test_muon_groups.py)
+
+# What runs on the oldest versions that pyproject.toml allows: the tests of what reaches deepest into the neighbours.
+OLDEST_TESTS ?= tests/interop tests/devices tests/facade/test_nnx_models.py tests/facade/test_models.py
 
 BIN := .venv/bin
 PYTEST := -m pytest -q -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-thorough check newest lint format docs bench mutations clean
+.PHONY: help demo test test-thorough check newest oldest lint format docs bench mutations clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,12 +40,16 @@ test: ## the checks of a change, in about ten minutes on two cores
 
 test-thorough: ## all combinations, and programs compiled as users compile them: about half an hour
 	@$(MAKE) --no-print-directory check newest FORM=--thorough NEWEST_TESTS=
+	@$(MAKE) --no-print-directory oldest
 
 check: .venv/test
 	$(BIN)/python $(PYTEST) $(FORM)
 
 newest: $(if $(NEWEST),.venv-newest/test)
 	$(if $(NEWEST),.venv-newest/bin/python $(PYTEST) $(FORM) $(NEWEST_TESTS),@echo "No Python 3.13 here: the pass on the newest JAX is left out.")
+
+oldest: .venv-oldest/test ## the tests of neighbours, on the oldest JAX, Flax, optax and Orbax
+	.venv-oldest/bin/python $(PYTEST) $(OLDEST_TESTS)
 
 lint: .venv/test ## formatting, lint and types
 	$(BIN)/ruff format --check
@@ -66,7 +75,7 @@ mutations: .venv/test ## break the library in 40 places and see whether the test
 	$(BIN)/python tests/mutations.py
 
 clean: ## remove the virtual environments and caches
-	rm -rf .venv .venv-newest docs/_build docs/algorithms.rst docs/lr_schedulers.png .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest .venv-oldest docs/_build docs/algorithms.rst docs/lr_schedulers.png .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps say which extras are installed; they are made again when pyproject.toml changes.
@@ -82,4 +91,14 @@ clean: ## remove the virtual environments and caches
 .venv-newest/test: pyproject.toml
 	$(NEWEST) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --editable '.[test-without-torch]'
+	@touch $@
+
+# The lower bounds of what the package runs with, and of the neighbours that it is tested with. NumPy's has no build for
+# Python 3.13.
+.venv-oldest/test: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m venv .venv-oldest
+	sed -nE -e 's/^ *"(jax|jaxlib|chex|flax|safetensors|equinox|orbax-checkpoint)>=([0-9.]+)".*/\1==\2/p' \
+		-e 's/^ *"numpy>=([0-9.]+)".*/numpy==\1; python_version < "3.13"/p' \
+		-e 's/^interop = \["optax>=([0-9.]+)"\]/optax==\1/p' pyproject.toml > .venv-oldest/oldest.txt
+	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/oldest.txt --editable '.[test-without-torch]'
 	@touch $@

@@ -17,6 +17,7 @@ release = optimjax.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
 extensions += ["sphinx_copybutton"]
 extensions += ["generate_algorithms", "draw_schedulers"]  # of this folder
+myst_heading_anchors = 3  # so that a section can be linked by its title
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 exclude_patterns = ["_build"]
 mathjax_path = "https://cdn.jsdelivr.net/npm/mathjax@4.1.3/tex-mml-chtml.js"  # a page reads the same next year

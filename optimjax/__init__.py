@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-from optimjax import functional, lr_scheduler, optimizer, plot, schedules, swa_utils
+from optimjax import functional, interop, lr_scheduler, optimizer, plot, schedules, swa_utils
 from optimjax._facade.clip import clip_grad_norm, clip_grad_norm_, clip_grad_value, clip_grad_value_
 from optimjax._facade.files import load, save
 from optimjax._params.grouping import group_parameters
-from optimjax._params.matrices import muon_groups
+from optimjax._params.muon_groups import muon_groups
 from optimjax._params.parameter import Parameter
 from optimjax._params.source import named_parameters, parameters
 from optimjax.algorithms.adadelta import Adadelta
@@ -24,6 +24,7 @@ from optimjax.algorithms.rmsprop import RMSprop
 from optimjax.algorithms.rprop import Rprop
 from optimjax.algorithms.sgd import SGD
 from optimjax.algorithms.sparse_adam import SparseAdam
+from optimjax.interop.optax import FromOptax
 from optimjax.optimizer import Optimizer
 
 __version__ = "0.1.0.dev0"
@@ -38,6 +39,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "Adamax",
+    "FromOptax",
     "Muon",
     "NAdam",
     "Optimizer",
@@ -52,6 +54,7 @@ __all__ = [
     "clip_grad_value_",
     "functional",
     "group_parameters",
+    "interop",
     "load",
     "lr_scheduler",
     "muon_groups",
@@ -80,6 +83,7 @@ if not TYPE_CHECKING:  # for a type checker, a module with this function has eve
         places = {
             "optim": __all__,
             "the pure function optim.functional": functional.__all__,
+            "optim.interop.optax": interop.optax.__all__,
             "optim.lr_scheduler": lr_scheduler.__all__,
             "optim.schedules": schedules.__all__,
             "optim.swa_utils": swa_utils.__all__,

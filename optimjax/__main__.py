@@ -1,4 +1,4 @@
-"""The command line: ``python -m optimjax demo``; alone, ``python -m optimjax`` prints what there is."""
+"""The command line: ``python -m optimjax demo`` and ``convert``; without a command, it prints what there is."""
 
 import argparse
 import os
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from optimjax import __version__
+from optimjax.interop import _torch_convert
 
 EXTRAS = ("matplotlib", "rich", "sklearn")  # what the extra [demo] installs, by import name
 
@@ -26,6 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--out", type=_picture, default=Path("demo.png"), help="where the picture goes, a .png file")
     demo.add_argument("--seed", type=_at_least(0), default=0, help="of the initial weights and the batches")
     demo.set_defaults(run=_demo)
+    convert = commands.add_parser(
+        "convert",
+        help="turn a checkpoint of PyTorch into one of ours, and back",
+        description="Turn a checkpoint of PyTorch, with weights and states of optimizers, into one of ours, and back.",
+    )
+    _torch_convert.add_arguments(convert)
+    convert.set_defaults(run=_convert)
     options = parser.parse_args(arguments)
     if options.command is None:
         parser.print_help()
@@ -44,6 +52,15 @@ def _demo(options: argparse.Namespace) -> int:
         print(f"The demo needs {package}, which is not installed: {install}", file=sys.stderr)
         return 1
     demo.run(options.epochs, options.seed, options.out)
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    try:
+        _torch_convert.run(options)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        print(f"Nothing was converted: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -41,6 +41,7 @@ from optimjax._core.formulas import (
     watch,
     worst,
 )
+from optimjax._core.states import registered
 
 __all__ = [
     "Plateau",
@@ -435,6 +436,7 @@ def warmup(schedule: Schedule, total_iters: int, *, delay: bool = True) -> Sched
     return joined
 
 
+@registered
 class PlateauState(NamedTuple):
     """What :func:`reduce_on_plateau` carries from metric to metric."""
 

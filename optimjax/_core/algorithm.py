@@ -3,11 +3,9 @@
 Hyperparameters may be numbers, arrays, tracers, schedules or trees of these; here they are resolved for each leaf.
 """
 
-import functools
 import inspect
 import re
 import reprlib
-from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
@@ -20,6 +18,7 @@ from jax import Array
 from optimjax._core.apply import apply_each
 from optimjax._core.definition import Definition
 from optimjax._core.hyperparameters import Hyperparameters, Numeric
+from optimjax._core.states import state_class
 from optimjax._core.tree import check_gradient, flatten_params, match, names
 from optimjax._storage.placement import place, sharding_of
 
@@ -32,7 +31,7 @@ __all__ = [
     "check_overrides",
     "factory",
     "function_name",
-    "state_class",
+    "spread",
 ]
 
 P = ParamSpec("P")
@@ -288,20 +287,6 @@ def arguments_of(optimizer_class: type) -> str:
 def _leaf_name(params: Any, index: int) -> str:
     """The name of a parameter, for messages."""
     return names(params)[index] or "params"
-
-
-@functools.cache
-def state_class(name: str, fields: tuple[str, ...]) -> Any:
-    """One class for each set of fields, so that trees of states compare equal; it pickles by what it was made from."""
-    cls = namedtuple(f"{name}State", ("step", *fields), module=__name__)
-    cls.__doc__ = f"State of {name}: the number of updates done, then one tree like the parameters for each slot."
-    cls.__reduce__ = lambda self: (_restore_state, (name, fields, tuple(self)))
-    jax.export.register_namedtuple_serialization(cls, serialized_name=f"optimjax.{name}State{fields}")
-    return cls
-
-
-def _restore_state(name: str, fields: tuple[str, ...], values: tuple[Any, ...]) -> Any:
-    return state_class(name, fields)(*values)
 
 
 def _check(hyperparameters: Hyperparameters, key: str, value: Any) -> None:

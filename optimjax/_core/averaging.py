@@ -10,6 +10,7 @@ from jax import Array
 from jax.core import Tracer
 
 from optimjax._core.numerics import at_least_float32
+from optimjax._core.states import registered
 from optimjax._core.tree import flatten_params
 
 __all__ = ["Averaging", "AveragingState", "Exponential", "Uniform", "average", "ema", "swa"]
@@ -40,6 +41,7 @@ class Uniform:
         return averaged + (current - averaged) / _like(num_averaged + 1, averaged)
 
 
+@registered
 class AveragingState(NamedTuple):
     """How many weights were averaged (an int32 scalar), and a tree like the parameters."""
 

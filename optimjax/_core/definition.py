@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 from optimjax._core.apply import initial_slots
 from optimjax._core.contract import Rule
-from optimjax._core.hyperparameters import Hyperparameters, Numeric
+from optimjax._core.hyperparameters import Hyperparameters, Numeric, Structural
 from optimjax._core.sparse import is_sparse
 
 __all__ = ["UNBOUND", "Definition", "as_number", "names_of_others", "of_group", "package"]
@@ -46,6 +46,12 @@ class Definition:
 
     def __reduce__(self) -> Any:
         return getattr, (self.owner, "definition")
+
+    @property
+    def of_parameters(self) -> list[str]:
+        """The hyperparameters that describe the parameters of a group."""
+        kinds = self.hyperparameters.kinds.items()
+        return [name for name, kind in kinds if isinstance(kind, Structural) and kind.of_parameters]
 
     @property
     def arithmetic(self) -> Rule:

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optimjax._core.versions import check_version
+
 __all__ = ["OPAQUE", "from_tensor", "holds_nnx", "is_nnx", "is_torch_module", "is_variable", "nnx"]
 
 OPAQUE = (Iterator, ValuesView)  # what JAX warns of where it takes it for a leaf
@@ -22,12 +24,18 @@ def nnx() -> Any:
 
 def is_variable(x: Any) -> bool:
     """Whether this is a ``flax.nnx`` variable."""
-    return nnx() is not None and isinstance(x, nnx().Variable)
+    return nnx() is not None and isinstance(x, nnx().Variable) and _is_new_enough()
 
 
 def is_nnx(x: Any) -> bool:
     """Whether this is a ``flax.nnx`` module, container or variable."""
-    return nnx() is not None and isinstance(x, (nnx().Pytree, nnx().Variable))
+    return nnx() is not None and isinstance(x, (nnx().Pytree, nnx().Variable)) and _is_new_enough()
+
+
+def _is_new_enough() -> bool:
+    """Raise for a Flax whose modules work otherwise; nobody who has none of them needs to hear of it."""
+    check_version("flax")
+    return True
 
 
 def holds_nnx(tree: Any) -> bool:

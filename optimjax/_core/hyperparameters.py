@@ -154,9 +154,12 @@ class Structural:
 
     Attributes:
       legal: ``legal(name, value)`` raises PyTorch's error for an illegal value.
+      of_parameters: whether it describes the parameters of a group, so that it stays with them when a state dict is
+        loaded into other groups.
     """
 
     legal: Callable[[str, Any], None] | None = None
+    of_parameters: bool = False
 
     def check(self, name: str, value: Any) -> None:
         """Raise for a value that is illegal or cannot be compiled in."""

@@ -1,14 +1,16 @@
 """Several algorithms as one: each updates the parameters that have its label."""
 
-from collections.abc import Callable, Mapping
+import keyword
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
-from optimjax._core.algorithm import Algorithm, Params, State, check_order, state_class
+from optimjax._core.algorithm import Algorithm, Params, State, check_order
 from optimjax._core.definition import Definition
 from optimjax._core.hyperparameters import Hyperparameters
+from optimjax._core.states import state_class
 from optimjax._core.tree import copied_array, flatten_params, match, names
 
 __all__ = ["Partition", "partition"]
@@ -21,10 +23,12 @@ class Partition(Algorithm):
         if not self.algorithms:
             raise ValueError("partition needs at least one algorithm, got {}")
         for label, algorithm in self.algorithms.items():
-            if not isinstance(label, str) or not label.isidentifier() or label.startswith("_") or label == "step":
+            if not _is_legal(label):
                 raise ValueError(f"a label names a field of the state: it must be an identifier, got {label!r}")
             if not isinstance(algorithm, Algorithm):
                 raise TypeError(f"the algorithm of label {label!r} must be made by optim.functional, got {algorithm!r}")
+            if isinstance(algorithm, Partition):
+                raise ValueError(f"the algorithm of label {label!r} is a partition: give its algorithms labels here")
             if type(algorithm) is not Algorithm:
                 raise ValueError(f"{algorithm.name} cannot be a part of a partition: it has no rule for one parameter")
 
@@ -39,10 +43,9 @@ class Partition(Algorithm):
     def init(self, params: Any) -> Any:
         """The state before the first update: ``step``, then for each label the state of its algorithm."""
         leaves, treedef = flatten_params(params)
-        labels = self._labels(params)
-        self._check_used(labels)
+        positions = self._positions(params)
         states = [
-            algorithm.init(treedef.unflatten(_only(label, labels, leaves)))
+            algorithm.init(treedef.unflatten(_only(positions[label], leaves)))
             for label, algorithm in self.algorithms.items()
         ]
         # A step of its own, because a state may be donated.
@@ -60,20 +63,19 @@ class Partition(Algorithm):
             )
         self._check_overrides(overrides)
         gradients = match(treedef, grads, lambda: names(params))
-        labels = self._labels(params)
-        self._check_used(labels)
+        positions = self._positions(params)
         updated: list[Any] = list(leaves)
         states = []
         for label, algorithm in self.algorithms.items():
-            new, own = algorithm.update(
-                treedef.unflatten(_only(label, labels, leaves)),
-                treedef.unflatten(_only(label, labels, gradients)),
+            new, new_state = algorithm.update(
+                treedef.unflatten(_only(positions[label], leaves)),
+                treedef.unflatten(_only(positions[label], gradients)),
                 getattr(known, label),
                 **overrides.get(label, {}),
             )
-            states.append(own)
-            of_label = iter(jax.tree.leaves(new))
-            updated = [next(of_label) if own == label else old for own, old in zip(labels, updated, strict=True)]
+            states.append(new_state)
+            for position, leaf in zip(positions[label], jax.tree.leaves(new), strict=True):
+                updated[position] = leaf
         return treedef.unflatten(updated), self.state_class(jnp.asarray(known.step) + 1, *states)
 
     @property
@@ -81,12 +83,21 @@ class Partition(Algorithm):
         """The NamedTuple of the state."""
         return state_class("Partition", tuple(self.algorithms))
 
-    def _labels(self, params: Any) -> list[str]:
-        """The label of each leaf.
+    def _positions(self, params: Any) -> dict[str, list[int]]:
+        """Which leaves each label has.
 
         Raises:
-          ValueError: there is no algorithm for one, or the labels have another structure.
+          ValueError: there is no algorithm for a leaf, or no leaf for a label, or the labels have another structure.
         """
+        positions: dict[str, list[int]] = {label: [] for label in self.algorithms}
+        for position, label in enumerate(self._labels(params)):
+            positions[label].append(position)
+        if unused := [label for label, leaves in positions.items() if not leaves]:
+            raise ValueError(f"no parameter has the label {unused[0]!r}")
+        return positions
+
+    def _labels(self, params: Any) -> list[str]:
+        """The label of each leaf."""
         given = self.values["labels"]
         paths = names(params)
         if callable(given) and jax.tree_util.all_leaves([given]):
@@ -107,10 +118,6 @@ class Partition(Algorithm):
                     f"{', '.join(map(repr, self.algorithms))}"
                 )
         return labels
-
-    def _check_used(self, labels: list[str]) -> None:
-        if unused := [label for label in self.algorithms if label not in labels]:
-            raise ValueError(f"no parameter has the label {unused[0]!r}")
 
     def _check_overrides(self, overrides: Mapping[str, Any]) -> None:
         for label, values in overrides.items():
@@ -135,6 +142,8 @@ def partition(algorithms: Mapping[str, Algorithm], labels: Callable[[str, Any], 
       algorithms: by label; a label is an identifier.
       labels: a tree of labels that is a prefix of the parameters, or a function ``(dotted name, value) -> label``.
 
+    A tree of values of a hyperparameter, such as ``lr={"hidden": 0.1, "bias": None}``, is one for all parameters, too.
+
     Raises:
       ValueError: no algorithm, or one without a rule for one parameter (LBFGS); at ``init``, a label without
         parameters, a parameter without a label, or labels of another structure.
@@ -155,5 +164,15 @@ def partition(algorithms: Mapping[str, Algorithm], labels: Callable[[str, Any], 
     return Partition(Partition.definition, {"algorithms": dict(algorithms), "labels": labels})
 
 
-def _only(label: str, labels: list[str], values: list[Any]) -> list[Any]:
-    return [value if own == label else None for own, value in zip(labels, values, strict=True)]
+def _is_legal(label: Any) -> bool:
+    """Whether a field of the state, and an argument of ``update``, can have this name."""
+    is_name = isinstance(label, str) and label.isidentifier() and not keyword.iskeyword(label)
+    return is_name and not label.startswith("_") and label != "step"
+
+
+def _only(positions: Sequence[int], values: Sequence[Any]) -> list[Any]:
+    """The values at these positions, with ``None`` in place of the others."""
+    only: list[Any] = [None] * len(values)
+    for position in positions:
+        only[position] = values[position]
+    return only

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import sys
 import warnings
 import weakref
 from collections import Counter
@@ -140,11 +141,19 @@ class LossFunctions:
                 f"{REMADE} copies of the loss function {getattr(function, '__name__', '')!r} have been given, and each "
                 "is compiled by itself and kept, with what it closes over, as long as anyone holds it: define the "
                 "function once, outside of the loop, and give it as arguments what changes",
-                stacklevel=5,
+                stacklevel=_level_of_user(),
             )
 
     def __reduce__(self) -> Any:
         return LossFunctions, ()
+
+
+def _level_of_user() -> int:
+    """The ``stacklevel`` at which a warning of the calling function names the user's line, not one of this package."""
+    frame, level = sys._getframe(1), 1
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("optimjax."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def takes_no_arguments(function: Callable[..., Any]) -> bool:

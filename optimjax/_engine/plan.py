@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence, Set
 from operator import is_
 from typing import Any
 
@@ -172,6 +172,7 @@ class Planner:
         resolved: Sequence[tuple[Any, Any]],
     ) -> list[Member]:
         members = []
+        definitions = {of_group(group, self._own) for group in groups}
         for index, group in enumerate(groups):
             definition = of_group(group, self._own)
             for parameter in group["params"]:
@@ -182,12 +183,28 @@ class Planner:
                     known = state.get(parameter)
                     kept = ParameterState.of({} if known is None else known)
                     hyper, flags = resolved[index]
+                    _check_not_moved(definition, definitions, name, kept)
                     slots, step = _prepared(definition, name, value, kept, hyper, flags)
                     grad_kind = tuple(kinds(jax.tree.leaves(grad)))
                     members.append(
                         Member(parameter, value, grad_kind, index, definition, flags, kept, known, slots, step)
                     )
         return members
+
+
+def _check_not_moved(
+    definition: Definition, definitions: Set[Definition], name: Callable[[], str], state: ParameterState
+) -> None:
+    """Raise where a parameter has state of another algorithm of the optimizer, from whose group it has come."""
+    if len(definitions) == 1 or (isinstance(state.place, Place) and state.place.store.definition is definition):
+        return
+    values = state.peek()
+    for other in definitions - {definition}:
+        if left := [slot for slot in other.slot_names if slot in values and slot not in definition.slot_names]:
+            raise ValueError(
+                f"parameter {name()!r} has {left[0]!r} of {other.name}, and its group is updated by {definition.name}: "
+                "a parameter that goes to another algorithm begins again, so delete optimizer.state[parameter]"
+            )
 
 
 def _prepared(

@@ -1,4 +1,4 @@
-"""State dicts in one ``.safetensors`` file: arrays as tensors, everything else as JSON in its metadata.
+"""State dicts, and states, in one ``.safetensors`` file: arrays as tensors, all else as JSON in its metadata.
 
 The metadata has one entry. Its key is the version of the format; its value is a checksum, and the state dict with names
 of tensors in place of arrays. Any reader of ``.safetensors`` reads the arrays.
@@ -12,7 +12,7 @@ import re
 import stat
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optimjax._core.foreign import from_tensor
+from optimjax._core.foreign import from_tensor, is_nnx
+from optimjax._core.states import is_registered, named_state
+from optimjax._facade.template import entries_of, like_template
 
-__all__ = ["load", "save"]
+__all__ = ["load", "replacing", "save"]
 
 
 def save(path: str | os.PathLike[str], state_dict: Any) -> None:
@@ -38,11 +40,12 @@ def save(path: str | os.PathLike[str], state_dict: Any) -> None:
       path: usually ends in ``.safetensors``; its folder must exist.
       state_dict: nested dicts, lists and tuples of arrays (JAX, NumPy, PyTorch), random keys, numbers (of Python or
         NumPy), strings, booleans, ``None``. An ``nnx.State`` is such a dict, and a :class:`optimjax.Parameter` such an
-        array. Keys are strings, numbers, booleans, ``None``, and tuples of these. Of named tuples only the values are
-        saved, see :func:`load`.
+        array. Keys are strings, numbers, booleans, ``None``, and tuples of these. Named tuples and other nodes of
+        pytrees (Equinox modules, dataclasses of Flax) are saved by their fields, without what is static: see
+        :func:`load`.
 
     Raises:
-      TypeError: it holds something else; the message names the path.
+      TypeError: it holds something else, such as a function, or a ``flax.nnx`` module; the message names the path.
       ValueError: an array is distributed over several processes, or was deleted, or the state dict holds itself, or
         everything in it that is not an array takes more than 100 MB.
       OSError: the file cannot be written: the disk is full, the folder does not exist, permission is missing, or
@@ -67,45 +70,59 @@ def save(path: str | os.PathLike[str], state_dict: Any) -> None:
         content = json.dumps(_packed(state_dict, "", tensors))
     except RecursionError:
         raise ValueError("cannot save what holds itself, or is nested too deeply") from None
-    with _replacing(_target(path)) as temporary:
+    with replacing(path) as temporary:
         _write(temporary, content, tensors)
 
 
-def load(path: str | os.PathLike[str]) -> Any:
+def load(path: str | os.PathLike[str], *, like: Any = None) -> Any:
     """Read what :func:`save` has written.
 
+    Args:
+      path: the file.
+      like: a tree of the saved structure, such as the state that a run begins with. What is loaded gets its classes,
+        and its arrays go where those of the tree are: arrays of JAX, or ``jax.ShapeDtypeStruct`` with a sharding, also
+        one over several processes. Other leaves only say that something was saved there, and ``...`` takes a whole part
+        as it was saved.
+
     Returns:
-      The same structure, arrays as NumPy arrays of the saved dtypes, random keys as JAX's. A named tuple comes back as
-      a tuple: the state of the functional core is ``type(algorithm.init(params))(*loaded)``.
+      The same structure, arrays as NumPy arrays of the saved dtypes, random keys as JAX's. A state of the functional
+      core (of an algorithm, a partition, an average, a schedule) is again what ``update`` takes. Without ``like``,
+      other named tuples become tuples, and other nodes of pytrees dicts of their fields.
 
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: the file is truncated or damaged, which its checksum shows, or was not written by :func:`save`, or in
-        a format of another version of optimjax.
+        a format of another version of optimjax; it does not have the structure of ``like``, or an array has another
+        shape or dtype there: the message names the path.
       OSError: the file cannot be read.
 
     >>> import tempfile
     >>> import jax, jax.numpy as jnp, optimjax as optim
     >>> adam, params = optim.functional.adam(lr=0.1), {"w": jnp.ones(2)}
     >>> path = os.path.join(tempfile.mkdtemp(), "state.safetensors")
-    >>> optim.save(path, adam.init(params))
-    >>> state = type(adam.init(params))(*optim.load(path))
-    >>> params, state = adam.update(params, {"w": jnp.ones(2)}, state)
-    >>> print(state.step)
-    1
+    >>> optim.save(path, {"params": params, "state": adam.init(params)})
+    >>> loaded = optim.load(path)
+    >>> params, state = adam.update(loaded["params"], {"w": jnp.ones(2)}, loaded["state"])
+    >>> print(type(state).__name__, state.step)
+    AdamState 1
+    >>> placed = optim.load(path, like={"params": params, "state": ...})
+    >>> isinstance(loaded["params"]["w"], jax.Array), isinstance(placed["params"]["w"], jax.Array)
+    (False, True)
     """
     try:
         content, tensors = _read(path)
-        return json.loads(content, object_hook=functools.partial(_unpacked, tensors))
+        loaded = json.loads(content, object_hook=functools.partial(_unpacked, tensors, like is not None))
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         message = f"{os.fspath(path)!r} is truncated, damaged, or not a file that optim.save has written: {error}"
         raise ValueError(message) from error
+    return loaded if like is None else like_template(like, loaded)
 
 
 # --- The file -------------------------------------------------------------------------------------------------------
 
 
-FORMAT = "optimjax-1"  # the key in the metadata; counts up when older versions could not read what is written
+FORMAT = "optimjax-2"  # the key in the metadata; counts up when older versions could not read what is written
+READABLE = ("optimjax-1", FORMAT)  # the first one had plain tuples only
 
 
 def _write(path: Path, content: str, tensors: dict[str, np.ndarray]) -> None:
@@ -131,12 +148,12 @@ def _read(path: str | os.PathLike[str]) -> tuple[str, dict[str, np.ndarray]]:
         with safetensors.safe_open(path, framework="numpy", backend="pread") as file:
             metadata = file.metadata() or {}
             version = next((key for key in metadata if key.startswith("optimjax")), "unknown")
-            if version != FORMAT:
+            if version not in READABLE:
                 raise ValueError(f"its format is {version}, and this version of optimjax reads {FORMAT}")
             tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
     except safetensors.SafetensorError as error:
         raise (_os_error(error, path) if "os error" in str(error) else ValueError(str(error))) from error
-    checksum, _, content = metadata[FORMAT].partition(" ")
+    checksum, _, content = metadata[version].partition(" ")
     if checksum != _checksum(content, tensors):
         raise ValueError("its checksum does not match")
     return content, tensors
@@ -169,8 +186,9 @@ def _target(path: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(place: str | os.PathLike[str]) -> Iterator[Path]:
     """A file that takes the place of another one when it is complete; if anything is raised, nothing has changed."""
+    path = _target(place)
     temporary = path.with_name(f".{uuid.uuid4().hex}")  # short, because the file's own name may be as long as can be
     try:
         temporary.touch(exist_ok=False)
@@ -215,6 +233,10 @@ def _packed(value: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
     if isinstance(value, Mapping):
         entries = [(_packed_key(key, path), entry) for key, entry in value.items()]
         return {"dict": [[key, _packed(entry, f"{path}.{key}", tensors)] for key, entry in entries]}
+    fields = getattr(value, "_fields", None)
+    if isinstance(value, tuple) and fields is not None:
+        kind = "state" if is_registered(type(value)) else "named"
+        return _packed_node(kind, value, zip(fields, value, strict=True), path, tensors)
     if isinstance(value, (list, tuple)):
         items = [_packed(item, f"{path}.{index}", tensors) for index, item in enumerate(value)]
         return {"tuple": items} if isinstance(value, tuple) else items
@@ -230,7 +252,19 @@ def _packed(value: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
     if isinstance(value, (jax.Array, np.ndarray, np.generic)) and _is_number(value.dtype):
         array = _packed_array(np.asarray(value, value.dtype.newbyteorder("="), order="C"), path, tensors)
         return {"scalar": array} if isinstance(value, np.generic) else array
+    if is_nnx(value):
+        raise TypeError(f"{_refusal(path)}, a {type(value).__name__}: save nnx.state(...) of it")
+    if not jax.tree_util.all_leaves([value]):
+        return _packed_node("node", value, entries_of(value), path, tensors)
     raise TypeError(f"{_refusal(path)}, a {type(value).__name__}: {value!r}")
+
+
+def _packed_node(
+    kind: str, node: Any, entries: Iterable[tuple[Any, Any]], path: str, tensors: dict[str, np.ndarray]
+) -> Any:
+    """A node of a class, which only its name is saved of: what it is called, its keys, and what is under these."""
+    packed = [(_packed_key(key, path), _packed(child, f"{path}.{key}", tensors)) for key, child in entries]
+    return {kind: [type(node).__name__, [key for key, _ in packed], [child for _, child in packed]]}
 
 
 def _plain(value: Any) -> Any:
@@ -285,8 +319,11 @@ def _is_number(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)
 
 
-def _unpacked(tensors: dict[str, np.ndarray], entry: dict[str, Any]) -> Any:
-    """What an object of one entry stands for; what is inside has been unpacked before."""
+def _unpacked(tensors: dict[str, np.ndarray], by_key: bool, entry: dict[str, Any]) -> Any:
+    """What an object of one entry stands for; what is inside has been unpacked before.
+
+    Nodes of a class are dicts where they are to be matched with a template, ``by_key``.
+    """
     ((kind, content),) = entry.items()
     if kind == "array":
         return tensors.pop(content)
@@ -295,6 +332,12 @@ def _unpacked(tensors: dict[str, np.ndarray], entry: dict[str, Any]) -> Any:
         if not _is_number(jnp.dtype(dtype)):
             raise ValueError(f"{name!r} has the dtype {dtype!r}")
         return tensors.pop(name).view(jnp.dtype(dtype)).reshape(shape)
+    if kind in ("state", "named", "node"):
+        name, keys, children = content
+        fields = dict(zip(keys, children, strict=True))
+        if by_key or kind == "node":
+            return fields
+        return named_state(name, tuple(keys))(*children) if kind == "state" else tuple(children)
     return WITHOUT_TENSORS[kind](content)
 
 

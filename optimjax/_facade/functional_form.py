@@ -1,5 +1,6 @@
 """From the class to the functional form and back: the same parameters and state, in the other form."""
 
+import keyword
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from optimjax._engine.state import ParameterState
 from optimjax._params.handed import Handed, name_of
 from optimjax._params.parameter import Parameter
 
-__all__ = ["algorithm_of", "functional_state", "taken_over"]
+__all__ = ["algorithm_of", "check_like", "functional_state", "taken_over"]
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -44,6 +45,8 @@ def algorithm_of(
     if not _is_mixed(groups):
         return make(hyperparameters(own, groups, handed))
     parts = _parts(own, groups)
+    if not parts:
+        raise ValueError("all parameters are frozen, so none of the algorithms has a functional form")
     labels = {
         parameter: label for label, part in parts.items() for group in part.groups for parameter in group["params"]
     }
@@ -68,13 +71,19 @@ def _parts(own: Definition, groups: Groups) -> dict[str, Part]:
             alike.setdefault((definition, flags), []).append(group)
     parts: dict[str, Part] = {}
     for (definition, _), members in alike.items():
-        label = name = function_name(definition.name)
+        label = name = _legal_label(function_name(definition.name))
         number = 1
         while label in parts:
             number += 1
             label = f"{name}_{number}"
         parts[label] = Part(definition, members)
     return parts
+
+
+def _legal_label(name: str) -> str:
+    """The name of a function as the name of a field of a state."""
+    name = name.lstrip("_")
+    return f"{name}_" if keyword.iskeyword(name) or name == "step" else name
 
 
 def hyperparameters(definition: Definition, groups: Groups, handed: Handed) -> dict[str, Any]:
@@ -192,7 +201,7 @@ def taken_over(
     dtypes: dict[str, set[Any]] = {}
     for label in parts:
         dtypes |= _kept_dtypes(label, {p: kept[p] for p in fields[label]}, handed, _of_label(expected, label))
-    _check_like((params, new), (present, expected), dtypes)
+    check_like((params, new), (present, expected), dtypes)
     values = dict(handed.pairs(params))
     written = {key: value for key, value in state.items() if key not in kept}
     for label, part in parts.items():
@@ -259,7 +268,7 @@ def _kept_dtypes(
     return dtypes
 
 
-def _check_like(given: Any, expected: Any, kept: dict[str, set[Any]]) -> None:
+def check_like(given: Any, expected: Any, kept: dict[str, set[Any]]) -> None:
     """Raise where parameters and state have not the structure, shapes and dtypes of the optimizer's own."""
     ours, treedef = jax.tree_util.tree_flatten_with_path(dict(zip(("params", "state"), expected, strict=True)))
     leaves, structure = jax.tree.flatten(dict(zip(("params", "state"), given, strict=True)))

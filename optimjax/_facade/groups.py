@@ -1,6 +1,7 @@
 """Groups of parameters as an optimizer takes them: what may be in one, and errors for what looks like one."""
 
 import difflib
+import inspect
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -77,19 +78,27 @@ def _algorithm(algorithm: Any, own: Definition, where: str) -> Definition:
         definition = known[algorithm]
     else:
         definition = getattr(algorithm, "definition", None)
+        if isinstance(definition, Definition) and not isinstance(algorithm, type):
+            raise TypeError(f"algorithm{where} must be the class {definition.name} itself, not an optimizer made of it")
         if not isinstance(algorithm, type) or not isinstance(definition, Definition):
             raise TypeError(f"algorithm{where} must be an optimizer class or the name of one, got {algorithm!r}")
     for one in (own, definition):
         if one.rule is None or (one is definition and one.own_step):
             raise ValueError(
-                f"{one.name} has a step of its own, so it cannot share an optimizer with another algorithm{where}"
+                f"{one.name} has a step of its own, so it cannot share an optimizer: see 'algorithm'{where}"
             )
     return definition
 
 
 def defaults_of(definition: Definition, options: Mapping[str, Any] = {}) -> dict[str, Any]:
-    """The options of a group with an ``algorithm``, with the defaults of its class."""
-    given = {name: value for name, value in options.items() if name in definition.hyperparameters.kinds}
+    """The options of a group with an ``algorithm``, with the defaults of its class.
+
+    What the class sets by itself, as ``AdamW`` decoupled decay, its constructor does not take.
+    """
+    taken = inspect.signature(definition.owner).parameters
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    known = {name for name in definition.hyperparameters.kinds if passes_on or name in taken}
+    given = {name: value for name, value in options.items() if name in known}
     return {name: without_tensors(value) for name, value in definition.defaults(**given).items()}
 
 
@@ -107,7 +116,7 @@ def _check_not_of_others(options: Mapping[str, Any], definition: Definition, whe
 
 def _check_keys(group: Mapping[str, Any], definition: Definition, defaults: Mapping[str, Any], where: str) -> None:
     """Raise for a misspelt option; a key that resembles none is the user's own."""
-    known = definition.hyperparameters.kinds.keys() | defaults.keys()
+    known = definition.hyperparameters.kinds.keys() | defaults.keys() | {"algorithm"}
     for name in group:
         meant = None if name in known else _meant(name, known)
         if meant is not None and not any(name in other.hyperparameters.kinds for other in _definition.package):
@@ -125,6 +134,8 @@ _OTHER_NAMES = {
     "beta": "betas",
     "beta1": "betas",
     "beta2": "betas",
+    "algo": "algorithm",
+    "optimizer": "algorithm",
 }
 
 

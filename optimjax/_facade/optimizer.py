@@ -279,9 +279,7 @@ class Optimizer:
             if not args and self._stepper.losses.find(form) is None and takes_no_arguments(form):
                 loss = self._update_from_closure(form)
             else:
-                loss = self._stepper.by_loss(
-                    self.param_groups, self.state, self._handed, form, args, donate=self.donate
-                )
+                loss = self._update_from_loss(form, args)
         elif args:
             raise TypeError(f"step(grads) takes no further arguments, got {len(args)}")
         else:
@@ -297,6 +295,9 @@ class Optimizer:
 
     def _update(self, gradients: Callable[[], Iterable[tuple[Parameter, Any]]]) -> None:
         self._stepper.by_gradients(self.param_groups, self.state, gradients, donate=self.donate)
+
+    def _update_from_loss(self, loss_fn: Callable[..., Any], args: tuple[Any, ...]) -> Array:
+        return self._stepper.by_loss(self.param_groups, self.state, self._handed, loss_fn, args, donate=self.donate)
 
     def _gradients(self) -> Iterable[tuple[Parameter, Any]]:
         return [(parameter, parameter.grad) for parameter in self._parameters()]

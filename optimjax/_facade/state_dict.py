@@ -11,7 +11,6 @@ from optimjax._core.containers import copied, plain
 from optimjax._core.definition import Definition, names_of_others, of_group
 from optimjax._core.reading import ShapeError, as_count, read_array, read_slot, reading
 from optimjax._engine.state import ParameterState
-from optimjax._facade.groups import defaults_of
 from optimjax._params.parameter import Parameter
 
 __all__ = ["IncompatibleKeys", "as_dict", "named", "pack", "read", "reader_of", "unknown_entry"]
@@ -91,9 +90,7 @@ def read(
     Raises:
       ValueError: the state dict does not fit.
     """
-    defaults_by_group = [
-        defaults_of(of_group(group, own), group) if "algorithm" in group else defaults for group in groups
-    ]
+    defaults_by_group = [_present(group, own) if "algorithm" in group else defaults for group in groups]
     with reading():
         saved_groups = _groups(as_dict(state_dict), defaults_by_group)
     ids, (missing, unexpected) = (_matched if strict else _found)(groups, saved_groups, own)
@@ -103,11 +100,9 @@ def read(
     new_groups: list[dict[str, Any]] = []
     new_state: dict[Any, Any] = {}
     for index, (group, ids_of_group) in enumerate(zip(groups, ids, strict=True)):
-        saved = saved_groups[index] if index < len(saved_groups) else group
-        if _algorithm(saved, own) != of_group(group, own).name:  # which strict loading has refused
-            saved = group
+        saved = saved_groups[index] if strict else _counterpart(index, group, saved_groups, own)
         merged = {**defaults_by_group[index], **saved, "params": list(group["params"])}
-        for key in ("algorithm", "param_names"):
+        for key in ("algorithm", "param_names", *(() if strict else of_group(group, own).of_parameters)):
             merged.pop(key, None)
             if key in group:
                 merged[key] = copied(group[key])
@@ -137,6 +132,28 @@ def read(
     kept = {parameter: entries for parameter, entries in new_state.items() if entries}
     others = ({} if strict else _others(state)) | saved_others
     return new_groups, kept | others, IncompatibleKeys(missing, unexpected)
+
+
+def _present(group: Mapping[str, Any], own: Definition) -> dict[str, Any]:
+    """The options that a group has now."""
+    return {key: group[key] for key in of_group(group, own).hyperparameters.kinds if key in group}
+
+
+def _counterpart(
+    index: int, group: dict[str, Any], saved_groups: Sequence[dict[str, Any]], own: Definition
+) -> dict[str, Any]:
+    """The saved group that a group takes its options from, if not everything has to match; or the group itself.
+
+    It is the one of the same algorithm that has most of the parameters, or else that of the same index.
+    """
+    names = set(group.get("param_names", ()))
+    alike = [
+        (len(names.intersection(saved.get("param_names", ()))), place == index, -place)
+        for place, saved in enumerate(saved_groups)
+        if _algorithm(saved, own) == of_group(group, own).name
+    ]
+    shared, here, place = max(alike, default=(0, False, 0))
+    return saved_groups[-place] if shared or here else group
 
 
 def _others(state: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -223,8 +240,8 @@ def _matched(
         where = f" of param_groups[{index}]"
         if _algorithm(saved, own) != of_group(group, own).name:
             raise ValueError(
-                f"loaded state dict has the algorithm {_algorithm(saved, own)}{where}, "
-                f"the optimizer has {of_group(group, own).name}"
+                f"loaded state dict has param_groups[{index}] of {_algorithm(saved, own)}, which here is updated by "
+                f"{of_group(group, own).name}"
             )
         if len(saved["params"]) != len(group["params"]):
             raise ValueError(

@@ -29,6 +29,15 @@ class ParameterGroups(list[dict[str, Any]]):
         self.source = source
         self.frozen = frozen
 
+    def __add__(self, groups: list[dict[str, Any]]) -> "ParameterGroups":  # pyright: ignore[reportIncompatibleMethodOverride]
+        """These groups and others, of the same whole."""
+        return ParameterGroups([*self, *groups], self.source, self.frozen)
+
+    def __getitem__(self, key: Any) -> Any:
+        """A group, or for a slice the groups, of the same whole."""
+        found = super().__getitem__(key)
+        return ParameterGroups(found, self.source, self.frozen) if isinstance(key, slice) else found
+
     def __repr__(self) -> str:
         groups = [group | {"params": _names(group.get("params"))} for group in self]
         return f"ParameterGroups({groups}, frozen={_names(self.frozen)})"

@@ -63,6 +63,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from optimjax._core.algorithm import Algorithm, Params, arguments_of, check_order, check_overrides, factory
 from optimjax._core.definition import names_of_others
 from optimjax._core.reading import as_count, slot_array
+from optimjax._core.states import registered
 from optimjax._core.tree import check_gradient, flatten_params, match, names
 from optimjax._engine.handover import Call, Launch, kinds
 from optimjax._engine.interned import interned
@@ -91,6 +92,7 @@ ENTRIES = (*COUNTS, "d", "t", *HISTORY, "H_diag", "prev_flat_grad", "prev_loss")
 SCRATCH = "al"  # what PyTorch keeps there, too, and overwrites
 
 
+@registered
 class LBFGSState(NamedTuple):
     """What one call hands to the next. ``n`` is the number of elements of all parameters, ``m`` the history size."""
 

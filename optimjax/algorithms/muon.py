@@ -131,7 +131,7 @@ def check_param(param: Array, flags: Flags) -> None:
     if flags.matrix_axes is None and param.ndim != 2:
         raise ValueError(
             f"Muon only supports 2D parameters whereas we found a parameter with size: {param.shape}; "
-            "for more axes set matrix_axes, for fewer use another optimizer"
+            "optim.muon_groups(model) leaves those of fewer axes to another algorithm, matrix_axes takes more"
         )
     Layout(param.shape, flags.matrix_axes, flags.blocks)
 
@@ -182,7 +182,7 @@ def update(
 
     @jax.jit  # which is traced once, however many matrices there are
     def direction_of(target: Array, scalar: Scalars) -> Array:
-        coefficients = table or (scalar.a, scalar.b, scalar.c)
+        coefficients = (scalar.a, scalar.b, scalar.c) if table is None else table
         return layout.array(
             [
                 orthogonalize(matrices, coefficients, scalar.eps, steps=flags.ns_steps, gram=flags.gram)
@@ -203,8 +203,9 @@ def update(
 class Muon(Optimizer):
     r"""Muon, as ``torch.optim.Muon``: for the weight matrices of hidden layers.
 
-    Give it the matrices and another optimizer, such as :class:`optimjax.AdamW`, the rest: biases, norms, embeddings and
-    the last layer. Matrices of one shape are orthogonalised together, in batched products.
+    Biases, norms, embeddings and the last layer are for another algorithm: :func:`optimjax.muon_groups` sorts the
+    parameters of a model into groups of one optimizer, such as :class:`optimjax.AdamW`. Matrices of one shape are
+    orthogonalised together, in batched products.
 
     Args:
       params: what to optimize, of two axes unless ``matrix_axes`` says more; see :class:`optimjax.Optimizer`.

@@ -363,6 +363,32 @@ def test_blocks_for_fused_kernels_of_ones_own() -> None:
     assert {group.get("blocks") for group in optim.muon_groups(model, blocks=2) if "algorithm" in group} == {2}
 
 
+def test_a_function_may_add_matrices_to_those_of_the_layers() -> None:
+    model = Own(own=nnx.Param(jnp.ones((4, 3))), linear=nnx.Linear(4, 4, rngs=RNGS), other=nnx.Linear(4, 4, rngs=RNGS))
+    turned = ((0,), (1,))
+    axes = {"own": turned, "other.kernel": turned}
+    groups = optim.muon_groups(model, matrices=lambda name, value: axes.get(name))
+    assert shown(groups) == {
+        LINEAR: ["linear.kernel"],
+        turned: ["other.kernel", "own"],
+        None: ["linear.bias", "other.bias"],
+    }
+
+
+def test_groups_that_are_added_or_sliced_are_still_of_the_whole() -> None:
+    model = {"hidden": nnx.Linear(4, 4, rngs=nnx.Rngs(0)), "norm": nnx.LayerNorm(4, rngs=nnx.Rngs(0))}
+    groups = optim.muon_groups(model, lr=0.02)
+    rest = groups[-1]["params"]
+    norms = [pair for pair in rest if pair[0].startswith("norm")]
+    others = [pair for pair in rest if not pair[0].startswith("norm")]
+    more = [{"params": norms, "weight_decay": 0.0}, {"params": others}]
+    optimizer = optim.AdamW(groups[:-1] + more, lr=1e-3)
+    assert optimizer.params is model
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 2, 1]
+    optimizer.step(lambda model, x: jnp.sum(model["norm"](model["hidden"](x)) ** 2), jnp.ones((2, 4)))
+    assert [group["lr"] for group in groups[:1]] == [0.02]
+
+
 def test_wrapped_layers() -> None:
     linear = nnx.Linear(3, 4, use_bias=False, rngs=RNGS)
     assert axes_in(nnx.SpectralNorm(linear, rngs=RNGS), "layer_instance.kernel") == LINEAR
@@ -544,7 +570,10 @@ def tree() -> Any:
             ValueError,
             r"no matrices: none of the parameters, for example base\.bias, he",
         ),
-        (dense, {"matrices": lambda name, value: None}, TypeError, "matrices is for trees and pairs, got <function"),
+        (dense, {"matrices": "kernel"}, TypeError, "matrices must be a function .* got 'kernel'"),
+        (dense, {"exclude": None}, TypeError, "exclude must be a list of globs, .* got None"),
+        (dense, {"blocks": {"*.bias": 2}}, ValueError, r"blocks \('\*\.bias'\) matches no parameter.* base\.kernel"),
+        (dense, {"exclude": ["base.*"], "blocks": {"base.*": 2}}, ValueError, r"blocks .* no parameter.* head\.kernel"),
         (
             dense,
             {"matrix_axes": LINEAR},

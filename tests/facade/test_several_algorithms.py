@@ -346,6 +346,19 @@ def test_resuming_is_bit_for_bit() -> None:
         assert_equal(each.state_dict()["state"], optimizer.state_dict()["state"])
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if not case.sparse], ids=str)
+def test_a_group_of_every_algorithm_loads_what_it_saved(case: Case) -> None:
+    """Also of one that sets an option by itself, which its constructor does not take."""
+    kinds = {"params": HIDDEN, "algorithm": case.optimizer, **case.ours(case.base)}
+    source, other = (optim.SGD([kinds, {"params": REST}], lr=0.1) for _ in range(2))
+    source.step([HIDDEN, REST])
+    other.load_state_dict(source.state_dict())
+    assert other.state_dict()["param_groups"] == source.state_dict()["param_groups"]
+    source.step([HIDDEN, REST])
+    other.load_state_dict(source.state_dict())
+    assert_equal(other.state_dict()["state"], source.state_dict()["state"])
+
+
 def test_a_file_keeps_the_names_of_algorithms(tmp_path: Any) -> None:
     optimizer = mixed()
     optimizer.step(loss_fn, X)
@@ -366,10 +379,76 @@ def test_state_of_another_algorithm_is_refused(saved: str) -> None:
     optimizer = mixed()
     optimizer.step(loss_fn, X)
     before = optimizer.state_dict()
-    with pytest.raises(ValueError, match=r"has the algorithm Adam.? of param_groups\[0\], the optimizer has Muon"):
+    with pytest.raises(ValueError, match=r"param_groups\[0\] of Adam.?, which here is updated by Muon"):
         optimizer.load_state_dict(state)
     assert_equal(optimizer.state_dict()["state"], before["state"])
     assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+
+
+def test_not_strict_options_come_from_the_group_that_has_the_parameters() -> None:
+    def group(name: str, blocks: Any, lr: float) -> dict[str, Any]:
+        return {"params": {name: jnp.ones((4, 4))}, "algorithm": "Muon", "blocks": blocks, "lr": lr}
+
+    saved = optim.AdamW([group("a", 2, 0.5), group("w", None, 0.1), {"params": REST, "lr": 0.3}]).state_dict()
+    optimizer = optim.AdamW([group("w", 4, 0.2), {"params": REST}])
+    keys = optimizer.load_state_dict(saved, strict=False)
+    assert (keys.missing_keys, keys.unexpected_keys) == ([], ["a"])
+    first, last = optimizer.param_groups
+    assert (first["lr"], last["lr"]) == (0.1, 0.3)
+    assert first["blocks"] == 4  # which says how the parameters of this group fall apart
+    optimizer = optim.AdamW([group("new", 4, 0.2), {"params": REST}])
+    optimizer.load_state_dict(saved, strict=False)
+    assert optimizer.param_groups[0]["lr"] == 0.5  # of the group in the same place, because no other has its parameters
+
+
+def test_a_parameter_that_goes_to_another_algorithm_begins_again() -> None:
+    two = {"v": jnp.eye(2), "w": jnp.ones((2, 2))}
+    optimizer = optim.AdamW([{"params": two, "algorithm": "Muon"}, {"params": REST}])
+    grads = [two, REST]
+    optimizer.step(grads)
+    muon, adamw = optimizer.param_groups
+    for key in ("params", "param_names"):
+        adamw[key].append(muon[key].pop())
+    moved, before = adamw["params"][-1], np.array(adamw["params"][-1])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"parameter 'w' has 'momentum_buffer' of Muon, .* updated by AdamW"):
+            optimizer.step(grads)
+    np.testing.assert_array_equal(before, moved)
+    del optimizer.state[moved]
+    optimizer.step(grads)
+    assert sorted(optimizer.state[moved]) == ["exp_avg", "exp_avg_sq", "step"]
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step(grads)
+
+
+@pytest.mark.parametrize("name", ["algoritm", "Algorithm", "optimizer"])
+def test_a_misspelt_algorithm_is_not_an_entry_of_ones_own(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"unknown option '{name}' of param_groups\[0\]: did you mean 'algorithm'"):
+        optim.AdamW([{"params": HIDDEN, name: optim.Muon}, {"params": REST}])
+
+
+def test_an_optimizer_is_not_an_algorithm() -> None:
+    with pytest.raises(TypeError, match=r"algorithm of param_groups\[0\] must be the class Muon itself"):
+        optim.AdamW([{"params": HIDDEN, "algorithm": optim.Muon(HIDDEN)}, {"params": REST}])
+
+
+@pytest.mark.parametrize("name", ["Step", "_Mine", "Lambda"])
+def test_any_class_name_makes_a_label(name: str) -> None:
+    own = type(name, (optim.SGD,), {"__module__": __name__})
+    optimizer = optim.AdamW([{"params": HIDDEN, "algorithm": own}, {"params": REST}])
+    params, state = optimizer.functional_state()
+    params, state = optimizer.algorithm.update(params, [HIDDEN, REST], state)
+    optimizer.load_functional_state(params, state)
+    chex.assert_trees_all_equal(optimizer.params[0]["w"], 0.999 * HIDDEN["w"])
+
+
+def test_a_functional_form_of_frozen_parameters_alone_is_refused() -> None:
+    optimizer = mixed()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.requires_grad = False
+    with pytest.raises(ValueError, match="all parameters are frozen"):
+        optimizer.functional_state()
 
 
 def test_not_strict_what_has_moved_to_another_algorithm_is_reported() -> None:

@@ -63,6 +63,7 @@ def test_dir_shows_what_is_public(package: Any) -> None:
         ("StepLR", ": you may mean optim.lr_scheduler.StepLR"),
         ("cosine_annealing", ": you may mean optim.schedules.cosine_annealing"),
         ("AveragedModel", ": you may mean optim.swa_utils.AveragedModel"),
+        ("to_optax", ": you may mean optim.interop.optax.to_optax"),
         ("absent", ""),
         ("__wrapped__", ""),
     ],

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import optimjax as optim
@@ -47,17 +48,20 @@ class Form:
     def optimizer(self, donate: bool) -> Any:
         optimizer = self.make()
         optimizer.donate = donate
-        for box in optimizer.param_groups[0]["params"]:
-            box.value = jnp.copy(box.value)  # so that START can be used again
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.value = jnp.copy(parameter.value)  # so that START can be used again
         return optimizer
 
 
+ADAM = optax.adam(0.05)
 FORMS = {
     "loss": Form(by_loss),
     "gradients": Form(by_gradients),
     "backward": Form(by_backward),
     # One iteration a step, so that the parameters go on moving.
     "LBFGS": Form(by_loss, lambda: optim.LBFGS(START, lr=0.05, max_iter=1)),
+    "optax, loss": Form(by_loss, lambda: optim.FromOptax(START, ADAM)),
+    "optax, gradients": Form(by_gradients, lambda: optim.FromOptax(START, ADAM)),
 }
 both_ways = pytest.mark.parametrize("donate", [False, True], ids=["copying", "in place"])
 

@@ -120,9 +120,41 @@ jax.tree.map(
     whole(optimizer.state_dict()["state"][0]["exp_avg"]),
     whole(saved["state"][0]["exp_avg"]),
 )
-params, state = optimizer.functional_state()
-with ocp.PyTreeCheckpointer() as checkpointer:
-    checkpointer.save(folder / "functional", {"params": params, "state": state._asdict()})
+
+# In the background, and back under another sharding: a new optimizer's functional state is the template.
+other = optim.AdamW(spread(WHOLE, {"w": P(None, "d"), "b": P("d")}), lr=0.3)
+start = other.functional_state()
+with ocp.CheckpointManager(folder / "manager", options=ocp.CheckpointManagerOptions(max_to_keep=1)) as manager:
+    for step in range(2):
+        by_loss(optimizer, x)
+        parts = {
+            "arrays": ocp.args.StandardSave(optimizer.functional_state()),
+            "groups": ocp.args.JsonSave(optimizer.state_dict()["param_groups"]),
+        }
+        manager.save(step, args=ocp.args.Composite(**parts))
+    kept = whole(optimizer.functional_state())
+    by_loss(optimizer, x)
+    manager.wait_until_finished()
+    assert manager.all_steps() == [1], manager.all_steps()
+    parts = {"arrays": ocp.args.StandardRestore(start), "groups": ocp.args.JsonRestore()}
+    restored = manager.restore(1, args=ocp.args.Composite(**parts))
+other.load_state_dict({"state": {}, "param_groups": restored["groups"]})
+other.load_functional_state(*restored["arrays"])
+jax.tree.map(np.testing.assert_array_equal, whole(other.functional_state()), kept)
+for ours_now, began in zip(*map(jax.tree.leaves, (other.functional_state(), start)), strict=True):
+    assert ours_now.sharding.is_equivalent_to(began.sharding, ours_now.ndim)
+by_loss(other, x)
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), whole(other.params), whole(optimizer.params))
+
+# A file that one process has written; each reads its parts of the arrays.
+if process == 0:
+    optim.save(folder / "whole.safetensors", kept)
+multihost_utils.sync_global_devices("written")
+loaded = optim.load(folder / "whole.safetensors", like=start)
+assert jax.tree.structure(loaded) == jax.tree.structure(start)
+jax.tree.map(np.testing.assert_array_equal, whole(loaded), kept)
+for ours_now, began in zip(*map(jax.tree.leaves, (loaded, start)), strict=True):
+    assert ours_now.sharding == began.sharding
 
 # The functional core, in a jit of one's own.
 adam = F.adamw(lr=0.1)

@@ -22,6 +22,7 @@ FLOORS = [
     "swa_utils",
     "plot",
     "functional",
+    "interop",
     "",  # optimjax/__init__.py
     "demo",
     "__main__",

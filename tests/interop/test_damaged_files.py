@@ -27,10 +27,10 @@ def test_a_truncated_or_foreign_file_is_a_clear_error() -> None:
             load("a.safetensors")
     Path("a.safetensors").write_bytes(safetensors.numpy.save({"x": np.ones(2)}))
     with pytest.raises(
-        ValueError, match=f"{REFUSED}its format is unknown, and this version of optimjax reads optimjax-1$"
+        ValueError, match=f"{REFUSED}its format is unknown, and this version of optimjax reads optimjax-2$"
     ):
         load("a.safetensors")
-    Path("a.safetensors").write_bytes(whole.replace(b"optimjax-1", b"optimjax-9"))
+    Path("a.safetensors").write_bytes(whole.replace(b"optimjax-2", b"optimjax-9"))
     with pytest.raises(ValueError, match=f"{REFUSED}its format is optimjax-9, and this version of optimjax reads"):
         load("a.safetensors")
     with pytest.raises(FileNotFoundError):
@@ -130,6 +130,16 @@ def craft(content: str, tensors: dict[str, np.ndarray]) -> None:
         '{"complex": ["x"]}',
         '{"text": "x"}',
         '{"text": [-1]}',
+        '{"state": ["AdamState", ["step", "exp_avg"], [1]]}',
+        '{"state": ["AdamState", ["step", "__class__"], [1, 2]]}',
+        '{"state": ["AdamState", ["step", "import os"], [1, 2]]}',
+        '{"state": ["os.system, AdamState", ["step"], [1]]}',
+        '{"state": ["AveragingState", ["n_averaged"], [1]]}',
+        '{"state": ["Popen", ["args"], ["true"]]}',
+        '{"state": [5, ["step"], [1]]}',
+        '{"named": ["A", ["a", "b"], [1]]}',
+        '{"node": ["A", [[]], [1]]}',
+        '{"node": 5}',
         "[" * 100_000,
     ],
 )
@@ -137,6 +147,16 @@ def test_a_broken_state_dict_is_a_clear_error(content: str) -> None:
     craft(content, {"x": np.ones(2, np.uint32), "y": np.ones(8, np.uint8)})
     with pytest.raises(ValueError, match=REFUSED):
         load("a.safetensors")
+
+
+def test_a_file_of_the_first_format_is_read() -> None:
+    """It knew no classes, so that a state came back as a tuple."""
+    tensors = {"state.1.w": np.ones(2)}
+    content = '{"tuple": [3, {"dict": [["w", {"array": "state.1.w"}]]}]}'
+    safetensors.numpy.save_file(
+        tensors, "a.safetensors", {"optimjax-1": f"{files._checksum(content, tensors)} {content}"}
+    )
+    assert same(load("a.safetensors"), (3, {"w": np.ones(2)}))
 
 
 def test_what_a_broken_state_dict_is_made_of_loads_when_it_is_whole() -> None:
@@ -150,24 +170,24 @@ def test_what_a_broken_state_dict_is_made_of_loads_when_it_is_whole() -> None:
     [
         b"[]",
         b'{"__metadata__": []}',
-        b'{"__metadata__": {"optimjax-1": 5}}',
-        b'{"__metadata__": {"optimjax-1": "1"}, "x": 5}',
-        b'{"__metadata__": {"optimjax-1": "1"}, "x": {"data_offsets": [0, 4]}}',
-        b'{"__metadata__": {"optimjax-1": "1"}, "x": {"dtype": "U8", "shape": [4], "data_offsets": [0]}}',
-        b'{"__metadata__": {"optimjax-1": "1"}, "x": {"dtype": "U8", "shape": [4], "data_offsets": [4, 0]}}',
-        b'{"__metadata__": {"optimjax-1": "1"}, "x": {"dtype": "U8", "shape": [-4], "data_offsets": [0, 4]}}',
-        b'{"__metadata__": {"optimjax-1": "1"}, "x": {"dtype": "U9", "shape": [4], "data_offsets": [0, 4]}}',
-        b'{"__metadata__": {"optimjax-1": "1"}, "x": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}',
-        b'{"__metadata__": {"optimjax-1": "1"}, "x": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}',
-        b'{"__metadata__": {"optimjax-1": "1"}, "x": {"dtype": "U8", "shape": [4'
+        b'{"__metadata__": {"optimjax-2": 5}}',
+        b'{"__metadata__": {"optimjax-2": "1"}, "x": 5}',
+        b'{"__metadata__": {"optimjax-2": "1"}, "x": {"data_offsets": [0, 4]}}',
+        b'{"__metadata__": {"optimjax-2": "1"}, "x": {"dtype": "U8", "shape": [4], "data_offsets": [0]}}',
+        b'{"__metadata__": {"optimjax-2": "1"}, "x": {"dtype": "U8", "shape": [4], "data_offsets": [4, 0]}}',
+        b'{"__metadata__": {"optimjax-2": "1"}, "x": {"dtype": "U8", "shape": [-4], "data_offsets": [0, 4]}}',
+        b'{"__metadata__": {"optimjax-2": "1"}, "x": {"dtype": "U9", "shape": [4], "data_offsets": [0, 4]}}',
+        b'{"__metadata__": {"optimjax-2": "1"}, "x": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}',
+        b'{"__metadata__": {"optimjax-2": "1"}, "x": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}',
+        b'{"__metadata__": {"optimjax-2": "1"}, "x": {"dtype": "U8", "shape": [4'
         + b",1" * 64
         + b'], "data_offsets": [0, 4]}}',
-        b'{"__metadata__": {"optimjax-1": "1"}, "x": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]},'
+        b'{"__metadata__": {"optimjax-2": "1"}, "x": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]},'
         b'"y": {"dtype": "U8", "shape": [0, 4611686018427387904, 4], "data_offsets": [4, 4]}}',
-        b'{"__metadata__": {"optimjax-1": "1"}, "x": {"dtype": "U8", "shape": [1000000000000],'
+        b'{"__metadata__": {"optimjax-2": "1"}, "x": {"dtype": "U8", "shape": [1000000000000],'
         b'"data_offsets": [0, 1000000000000]}}',
-        b'{"__metadata__": {"optimjax-1": ""}, "x": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}',
-        b'{"__metadata__": {"optimjax-1": "00000000 {}"}, "x": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}',
+        b'{"__metadata__": {"optimjax-2": ""}, "x": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}',
+        b'{"__metadata__": {"optimjax-2": "00000000 {}"}, "x": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}',
         b"\xff" * 20,
         b"[" * 100_000,
     ],

@@ -107,14 +107,6 @@ def test_what_holds_itself_is_refused() -> None:
     assert not os.listdir()
 
 
-def test_a_functional_state_is_made_of_what_is_loaded() -> None:
-    adam, params = optim.functional.adam(lr=0.1), {"w": jnp.ones(2)}
-    _, state = adam.update(params, params, adam.init(params))
-    save("a.safetensors", state)
-    again = type(state)(*load("a.safetensors"))
-    jax.tree.map(np.testing.assert_array_equal, adam.update(params, params, again), adam.update(params, params, state))
-
-
 @pytest.mark.parametrize(
     ("tree", "expected"),
     [

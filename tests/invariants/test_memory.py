@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from forms_of_step import FORMS, by_gradients, by_loss, contents
 
@@ -54,7 +55,7 @@ def test_one_array_for_two_parameters_under_donate() -> None:
     jax.tree.map(np.testing.assert_array_equal, contents(ours), contents(expected))
 
 
-@pytest.mark.parametrize("name", ["gradients", "loss", "LBFGS"])
+@pytest.mark.parametrize("name", ["gradients", "loss", "LBFGS", "optax, gradients", "optax, loss"])
 def test_a_parameter_as_gradient_or_argument_under_donate(name: str) -> None:
     def distance(params: Any, old: Any) -> Any:
         return sum(jnp.sum((2 * a - b) ** 2) for a, b in zip(params.values(), old.values(), strict=True))
@@ -64,7 +65,7 @@ def test_a_parameter_as_gradient_or_argument_under_donate(name: str) -> None:
         optimizer = FORMS[name].optimizer(donate)
         for _ in range(2):
             params = optimizer.params
-            optimizer.step(params) if name == "gradients" else optimizer.step(distance, params)
+            optimizer.step(params) if "gradients" in name else optimizer.step(distance, params)
         results.append(contents(optimizer))
     jax.tree.map(np.testing.assert_array_equal, *results)
 
@@ -72,12 +73,16 @@ def test_a_parameter_as_gradient_or_argument_under_donate(name: str) -> None:
 # --- Memory ----------------------------------------------------------------------------------------------------------
 
 
+def from_optax(params: Any) -> Any:
+    return optim.FromOptax(params, optax.adam(0.1))
+
+
 def live_bytes() -> int:
     gc.collect()
     return sum(array.nbytes for array in jax.live_arrays())
 
 
-@pytest.mark.parametrize("form", ["loss", "backward", "LBFGS", "method", "partial"])
+@pytest.mark.parametrize("form", ["loss", "backward", "LBFGS", "FromOptax", "method", "partial"])
 def test_a_loss_is_freed_with_what_it_closes_over(form: str) -> None:
     class Trainer:
         def __init__(self) -> None:
@@ -88,7 +93,7 @@ def test_a_loss_is_freed_with_what_it_closes_over(form: str) -> None:
 
     def trial() -> None:
         trainer = Trainer()
-        optimizer = (optim.LBFGS if form == "LBFGS" else optim.Adam)({"w": jnp.ones(100)})
+        optimizer = {"LBFGS": optim.LBFGS, "FromOptax": from_optax}.get(form, optim.Adam)({"w": jnp.ones(100)})
         data = trainer.data
         loss: Any = lambda params: ((data @ params["w"]) ** 2).mean()  # noqa: E731
         if form == "method":
@@ -118,7 +123,7 @@ def test_an_optimizer_is_freed_without_the_cycle_collector() -> None:
         optimizer.state_dict()
         optimizer.step(loss)
 
-    for cls in (optim.Adam, optim.Adagrad, optim.LBFGS):
+    for cls in (optim.Adam, optim.Adagrad, optim.LBFGS, from_optax):
         trial(cls)
         before = live_bytes()
         gc.disable()

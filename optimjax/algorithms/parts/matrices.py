@@ -41,8 +41,8 @@ def _blocks(name: str, value: Any) -> None:
         )
 
 
-Axes = Annotated[tuple[tuple[int, ...], tuple[int, ...]] | None, Structural(_axes)]
-Blocks = Annotated[int | tuple[int, ...] | None, Structural(_blocks)]
+Axes = Annotated[tuple[tuple[int, ...], tuple[int, ...]] | None, Structural(_axes, of_parameters=True)]
+Blocks = Annotated[int | tuple[int, ...] | None, Structural(_blocks, of_parameters=True)]
 
 
 class Layout:

@@ -183,8 +183,8 @@ def orthogonalize(matrix: Array, coefficients: Triple | Table, eps: Any, *, step
 
     def iterate(step: Any, x: Array) -> Array:
         a, b, c = of_step(step)
-        gram = product(x, x.mT).astype(dtype)
-        polynomial = (b * gram.astype(wide) + c * product(gram, gram)).astype(dtype)
+        r = product(x, x.mT).astype(dtype)
+        polynomial = (b * r.astype(wide) + c * product(r, r)).astype(dtype)
         return (a * x.astype(wide) + product(polynomial, x)).astype(dtype)
 
     x = matrix.mT if tall else matrix

@@ -25,6 +25,7 @@ def muon_groups(
     exclude: Sequence[Any] = (),
     algorithm: Any = "Muon",
     matrices: Callable[[str, Any], Any] | None = None,
+    blocks: Any = None,
     **options: Any,
 ) -> ParameterGroups:
     r"""Give the weight matrices of a model to Muon, and all else to the optimizer's own algorithm.
@@ -73,20 +74,23 @@ def muon_groups(
       algorithm: the class, or its name, of the matrices' algorithm; it has an option ``matrix_axes``, and ``blocks`` if
         there are fused kernels.
       matrices: a function ``(name, value) -> matrix_axes``, or ``None`` for what is not a matrix; see
-        :class:`optimjax.Muon`. It is needed where there are no layers to ask.
-      options: other options of ``algorithm``, the same for all matrices. Only ``blocks`` may also be a dict from globs
-        to values, as in ``blocks={"*.qkv.kernel": 3}``; it goes before what the layers say.
+        :class:`optimjax.Muon`. It is needed where there are no layers to ask. In a ``flax.nnx`` model it is asked
+        first, for parameters of layers of your own; where it returns ``None``, the type of the layer decides.
+      blocks: how the rows of fused kernels fall into matrices of their own, by glob, as in
+        ``blocks={"*.qkv.kernel": 3}``, or one value for all matrices; see :class:`optimjax.Muon`. It goes before what
+        the layers say.
+      options: other options of ``algorithm``, the same for all matrices.
 
     Returns:
       Groups, as :func:`optimjax.group_parameters` returns them. A parameter that is frozen by ``requires_grad`` is in
       one of them and stays frozen.
 
     Raises:
-      ValueError: an entry of ``exclude`` or ``blocks`` matches nothing; the message names near misses. There are no
+      ValueError: an entry of ``exclude`` or ``blocks`` matches nothing, and the message names near misses; or
+        an entry of ``blocks`` no matrix. There are no
         matrices. The sizes of a stacked kernel do not tell which axes are its layer's own. ``matrices`` returns
         something that is not a pair of tuples of axes.
-      TypeError: ``matrices`` is missing, or is given for a ``flax.nnx`` module; an entry of ``exclude`` or an option of
-        another kind.
+      TypeError: ``matrices`` is missing, or not a function; an entry of ``exclude`` or an option of another kind.
 
     >>> from flax import nnx
     >>> import optimjax as optim
@@ -105,26 +109,25 @@ def muon_groups(
     None ['embed.embedding', 'head.kernel', 'mlp.bias']
     """
     source, named = named_source(model, "model")
-    fused = options.pop("blocks", {})
     for key in ("params", "matrix_axes", "requires_grad"):
         if key in options:
             raise TypeError(f"muon_groups has no option {key!r}, got {options[key]!r}: {_INSTEAD[key]}")
     asked = _asked(source, matrices)
-    excluded = {name for members in _matching("exclude", exclude, named).values() for name in members}
-    blocks_of = _blocks_of(fused, named)
-    found: dict[Matrices, list[tuple[str, Parameter]]] = {}
-    rest: list[tuple[str, Parameter]] = []
-    for name, parameter in named:
-        its = None if name in excluded or not parameter.size else asked(name, parameter)
-        if its is None:
-            rest.append((name, parameter))
-        else:
-            its = its._replace(blocks=blocks_of(name, its.blocks))
-            found.setdefault(its, []).append((name, parameter))
+    excluded = set().union(*_matching("exclude", exclude, named))
+    kept = [(name, parameter) for name, parameter in named if name not in excluded and parameter.size]
+    found = {name: matrices_of for name, parameter in kept if (matrices_of := asked(name, parameter)) is not None}
     if not found:
         raise ValueError(_no_matrices(named, excluded, matrices))
-    groups = [{"algorithm": algorithm, **options, **its.options(), "params": found[its]} for its in found]
-    return ParameterGroups(groups + [{"params": rest}] * bool(rest), source, [])
+    for name, value in _blocks_by_name(blocks, [(name, each) for name, each in kept if name in found]).items():
+        found[name] = found[name]._replace(blocks=value)
+    alike: dict[Matrices, list[tuple[str, Parameter]]] = {}
+    for name, parameter in named:
+        if name in found:
+            alike.setdefault(found[name], []).append((name, parameter))
+    groups = [{"algorithm": algorithm, **options, **each.options(), "params": alike[each]} for each in alike]
+    if rest := [(name, parameter) for name, parameter in named if name not in found]:
+        groups.append({"params": rest})
+    return ParameterGroups(groups, source, [])
 
 
 class Matrices(NamedTuple):
@@ -144,28 +147,31 @@ _INSTEAD = {
 }
 
 
-def _matching(where: str, patterns: Any, named: list[tuple[str, Parameter]]) -> dict[int, set[str]]:
-    """For each pattern, by its place, the names that it matches; each has to match one."""
+def _matching(where: str, patterns: Any, named: list[tuple[str, Parameter]]) -> list[set[str]]:
+    """For each pattern the names that it matches; each has to match one."""
     if isinstance(patterns, (str, re.Pattern)) or callable(patterns):
         raise TypeError(f"{where} must be a list, got {patterns!r}: write [{patterns!r}]")
-    found: dict[int, set[str]] = {}
+    if not isinstance(patterns, (Sequence, Mapping)):
+        raise TypeError(f"{where} must be a list of globs, regular expressions or functions, got {patterns!r}")
+    found: list[set[str]] = []
     for index, pattern in enumerate(patterns):
         place = where if isinstance(patterns, Mapping) else f"{where}[{index}]"
         matches = matcher(pattern, place)
-        found[index] = {name for name, parameter in named if matches(name, parameter.value)}
-        if not found[index]:
+        found.append({name for name, parameter in named if matches(name, parameter.value)})
+        if not found[-1]:
             raise ValueError(nothing_matches(place, pattern, matches, named))
     return found
 
 
-def _blocks_of(given: Any, named: list[tuple[str, Parameter]]) -> Callable[[str, Any], Any]:
-    """The function ``(name, what the layer says)`` that says into which blocks the rows of a parameter fall."""
+def _blocks_by_name(given: Any, named: list[tuple[str, Parameter]]) -> dict[str, Any]:
+    """Into which blocks the rows of matrices fall, for those of which the user says it."""
+    if given is None:
+        return {}
     by_glob = given if isinstance(given, Mapping) else {"*": given}
-    found = _matching("blocks", by_glob, named)
     values = {}
-    for names, value in zip(found.values(), by_glob.values(), strict=True):
-        values |= dict.fromkeys(names, tuple(value) if isinstance(value, list) else value)
-    return lambda name, own: values.get(name, own)
+    for names, value in zip(_matching("blocks", by_glob, named), by_glob.values(), strict=True):
+        values |= dict.fromkeys(sorted(names), tuple(value) if isinstance(value, list) else value)
+    return values
 
 
 def _no_matrices(named: list[tuple[str, Parameter]], excluded: set[str], matrices: Any) -> str:
@@ -184,17 +190,23 @@ def _no_matrices(named: list[tuple[str, Parameter]], excluded: set[str], matrice
 def _asked(source: Source, matrices: Any) -> Callable[[str, Any], Matrices | None]:
     """The function ``(name, parameter)`` that says where the matrices of a parameter are."""
     if isinstance(source, ModuleSource) and _modules(source.module):
-        if matrices is not None:
-            raise TypeError(
-                f"matrices is for trees and pairs, got {matrices!r}: in a flax.nnx model the type of each layer says "
-                "which parameters are matrices; exclude names those that are not to be"
-            )
-        return _asked_of_layers(source.module)
-    if not callable(matrices):
+        of_layers = _asked_of_layers(source.module)
+        if matrices is None:
+            return of_layers
+        own = _asked_of_function(matrices)
+        return lambda name, parameter: own(name, parameter) or of_layers(name, parameter)
+    if matrices is None:
         raise TypeError(
             f"matrices must be a function (name, value) -> matrix_axes or None, got {matrices!r}: there are no layers "
             "of flax.nnx that would say which parameters are matrices"
         )
+    return _asked_of_function(matrices)
+
+
+def _asked_of_function(matrices: Any) -> Callable[[str, Any], Matrices | None]:
+    """What a user's function asks for."""
+    if not callable(matrices):
+        raise TypeError(f"matrices must be a function (name, value) -> matrix_axes or None, got {matrices!r}")
     return lambda name, parameter: _checked(matrices(name, parameter.value), name, parameter.shape)
 
 
