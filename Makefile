@@ -39,7 +39,8 @@ test: ## the checks of a change, in about ten minutes on two cores
 	@$(MAKE) --no-print-directory newest
 
 test-thorough: ## all combinations, and programs compiled as users compile them: about half an hour
-	@$(MAKE) --no-print-directory check newest FORM=--thorough NEWEST_TESTS=
+	@$(MAKE) --no-print-directory check FORM=--thorough
+	@$(MAKE) --no-print-directory newest NEWEST_TESTS=
 	@$(MAKE) --no-print-directory oldest
 
 check: .venv/test
