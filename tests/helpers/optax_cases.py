@@ -60,6 +60,7 @@ _MADE: dict[str, Callable[[Any], Any]] = {
     "sam": lambda make: make(
         optax.sgd(0.05), optax.chain(optax.contrib.normalize(), optax.sgd(0.05)), opaque_mode=True
     ),
+    "scale_by_trust_ratio": lambda make: optax.chain(make(), optax.scale(-0.05)),  # uphill, rounding grows
     "schedule_free": lambda make: make(optax.sgd(0.05), 0.05),
     "sophia": lambda make: make(0.05),
     "split_real_and_imaginary": lambda make: make(optax.adam(0.05)),
