@@ -321,12 +321,9 @@ def multiplications(shape: tuple[int, int], **options: Any) -> float:
     text = lowered([jnp.ones(shape)], **options).as_text()
     total = 0
     for line in text.splitlines():
-        found = re.search(
-            r"dot_general.*tensor<1x(\d+)x(\d+)x\w+>, tensor<1x(\d+)x(\d+)x\w+>\) -> tensor<1x(\d+)x", line
-        )
+        found = re.search(r"dot_general.*tensor<(\d+)x(\d+)x\w+>, tensor<\d+x\d+x\w+>\) -> tensor<\d+x(\d+)x", line)
         if found:
-            m, k, *_ = map(int, found.groups())
-            n = int(re.search(r"-> tensor<1x\d+x(\d+)x", line)[1])  # pyright: ignore[reportOptionalSubscript]
+            m, k, n = map(int, found.groups())
             total += m * k * n
     return total
 

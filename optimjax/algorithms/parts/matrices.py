@@ -153,6 +153,9 @@ def together(function: Callable[[Array, T], Array], arrays: list[Array], scalars
       The result for each array.
     """
     count = max(1, ELEMENTS // arrays[0].size)
+    if count == 1 or len(arrays) == 1:  # without an axis of one element, there is less to compile
+        yield from map(automatic(function, arrays[0]), arrays, scalars)
+        return
     for start in range(0, len(arrays), count):
         part = slice(start, start + count)
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(arrays[part], scalars[part], strict=True))
