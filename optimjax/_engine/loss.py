@@ -1,28 +1,67 @@
 """Differentiate a loss function with respect to parameters, in one compiled program."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import Array
 
+from optimjax._core.numerics import widened
 from optimjax._engine.bucket import StepStructure, update_each
 from optimjax._engine.loss_call import CallStructure
+from optimjax._storage.placement import divided
 
-__all__ = ["update_from_loss", "value_and_grad"]
+__all__ = ["Packed", "evaluate", "update_from_loss", "value_and_grad"]
+
+# The loss, what it returns in addition, what it changes in modules, what it writes into parameters (by index: only
+# those that it writes into, which tracing tells, so that it costs nothing where there are none), the gradients.
+Evaluated = tuple[Any, Any, list[Array], dict[int, Array], list[Any]]
 
 
-def _evaluate(loss_fn: Callable[..., Any], call: CallStructure, has_aux: bool, differentiated: Any, traced: Any) -> Any:
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["leaves"], meta_fields=["structure"])
+@dataclass
+class Packed:
+    """A tree of any nodes on its way out of a program.
+
+    JAX puts this class together without Python code, in which an interrupt would lose the results.
+    """
+
+    leaves: list[Any]
+    structure: Any
+
+    @classmethod
+    def of(cls, tree: Any) -> "Packed":
+        """The tree, packed."""
+        return cls(*jax.tree.flatten(tree))
+
+    @property
+    def tree(self) -> Any:
+        """The tree."""
+        return jax.tree.unflatten(self.structure, self.leaves)
+
+
+def evaluate(loss_fn: Callable[..., Any], call: CallStructure, differentiated: Any, traced: Any) -> Evaluated:
+    """Value and gradient of a loss, in as many parts as the call has micro-batches."""
+    if call.micro_batches == 1:
+        return _evaluate(loss_fn, call, differentiated, traced)
+    return _in_micro_batches(loss_fn, call, list(differentiated), traced)
+
+
+def _evaluate(loss_fn: Callable[..., Any], call: CallStructure, differentiated: Any, traced: Any) -> Evaluated:
     def compute(differentiated: Any) -> Any:
-        arguments, modules = call.arguments(differentiated, traced)
-        result = loss_fn(*arguments)
+        args, kwargs, modules = call.arguments(differentiated, traced)
+        result = loss_fn(*args, **kwargs)
         count = len(result) if isinstance(result, (tuple, list)) else 1
-        if has_aux and count != 2:
+        if call.has_aux and count != 2:
             raise TypeError(f"with has_aux=True the loss function must return (loss, aux), two results, got {count}")
-        loss, aux = result if has_aux else (result, None)
+        loss, aux = result if call.has_aux else (result, None)
         if not hasattr(loss, "dtype") and not isinstance(loss, (int, float)):
             raise TypeError(
                 f"the loss function must return a scalar, got a {type(loss).__name__}; what else it returns "
-                "is for backward(..., has_aux=True)"
+                "is for has_aux=True"
             )
         # Within a derivative, what depends on a parameter is a tracer of the same kind.
         if not isinstance(loss, type(differentiated[0])):
@@ -38,20 +77,60 @@ def _evaluate(loss_fn: Callable[..., Any], call: CallStructure, has_aux: bool, d
     return loss, aux, changed, written, grads
 
 
-def value_and_grad(
-    loss_fn: Callable[..., Any],
-    call: CallStructure,
-    has_aux: bool,
-    differentiated: Any,
-    traced: Any,
-    accumulated: Any,
-) -> Any:
-    """``(loss, aux, changed, written, gradients)``: see :meth:`optimjax._engine.loss_call.LossCall.write_back`.
+def _in_micro_batches(
+    loss_fn: Callable[..., Any], call: CallStructure, differentiated: list[Array], traced: Any
+) -> Evaluated:
+    """The mean of losses and of gradients over the parts of the batch, one after the other.
 
-    The gradients are added to those accumulated so far (``None``: none yet). ``written`` has those parameters only that
-    the loss writes into, which tracing tells: where there are none, it costs nothing.
+    What a part changes in modules and parameters, the next one begins with. Sums are kept in float32 at least.
     """
-    loss, aux, changed, written, grads = _evaluate(loss_fn, call, has_aux, differentiated, traced)
+    parts = {
+        index: divided(traced[index], call.micro_batches, call.pin(index))
+        for index in call.divided
+        if jnp.ndim(traced[index]) or jnp.issubdtype(traced[index].dtype, jax.dtypes.prng_key)
+    }
+    changing = call.changing
+
+    def one(written: Mapping[int, Array], changed: list[Array], part: Mapping[int, Array]) -> Evaluated:
+        params = [written.get(index, param) for index, param in enumerate(differentiated)]
+        arrays = list(traced)
+        for index, array in (*zip(changing, changed, strict=True), *part.items()):
+            arrays[index] = array
+        loss, aux, after, new, grads = _evaluate(loss_fn, call, params, arrays)
+        _check_kept(changed, after)
+        return loss, aux, after, {**written, **new}, grads
+
+    def next_one(carry: Any, part: Any) -> Any:
+        loss, written, changed, grads = carry
+        value, aux, changed, written, found = one(written, changed, part)
+        return (loss + widened(value), written, changed, jax.tree.map(lambda a, b: a + widened(b), grads, found)), aux
+
+    # A part that is only traced tells the kind of the loss, and which parameters are written into.
+    first = jax.tree.map(lambda array: array[0], parts)
+    at_first = [traced[index] for index in changing]
+    kind, _, _, some, _ = jax.eval_shape(one, {}, at_first, first)
+    written = {index: differentiated[index] for index in some}
+    zeros = jnp.zeros((), widened(jnp.zeros((), kind.dtype)).dtype), written, at_first
+    sums = [jnp.zeros_like(widened(param)) for param in differentiated]
+    (loss, written, changed, grads), aux = jax.lax.scan(next_one, (*zeros, sums), parts)
+    mean = [grad / call.micro_batches for grad in grads]
+    return (loss / call.micro_batches).astype(kind.dtype), aux, changed, written, mean
+
+
+def _check_kept(before: list[Array], after: list[Array]) -> None:
+    for old, new in zip(before, after, strict=True):
+        if (old.shape, old.dtype) != (new.shape, new.dtype):
+            raise TypeError(
+                f"the loss function puts {new.dtype}{list(new.shape)} into a variable of a module that has "
+                f"{old.dtype}{list(old.shape)}: with micro_batches the next part begins with it, so it must stay alike"
+            )
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any], call: CallStructure, differentiated: Any, traced: Any, accumulated: Any
+) -> Evaluated:
+    """As :func:`evaluate`; the gradients are added to those accumulated so far (``None``: none yet)."""
+    loss, aux, changed, written, grads = evaluate(loss_fn, call, differentiated, traced)
     with jax.numpy_dtype_promotion("standard"):  # a gradient that the user has set may be of another precision
         total = [grad if old is None else old + grad for grad, old in zip(grads, accumulated, strict=True)]
     return loss, aux, changed, written, total
@@ -78,13 +157,13 @@ def update_from_loss(
       rows: of each bucket, its scalars.
 
     Returns:
-      The slots of each bucket, the parameters of each bucket, the loss, and what it has changed in modules. The slots
-      come first, see :func:`optimjax._engine.bucket.update_each`.
+      The slots of each bucket, the parameters of each bucket, the loss and what comes with it, packed, and what it has
+      changed in modules. The slots come first, see :func:`optimjax._engine.bucket.update_each`.
     """
-    loss, _, changed, written, grads = _evaluate(loss_fn, call, False, differentiated, traced)
+    loss, aux, changed, written, grads = evaluate(loss_fn, call, differentiated, traced)
     params = [written.get(index, param) for index, param in enumerate(differentiated)]
     updated = [
         update_each(bucket, kept, [params[i] for i in positions], [grads[i] for i in positions], row)
         for bucket, positions, kept, row in zip(step.buckets, step.positions, slots, rows, strict=True)
     ]
-    return [new for new, _ in updated], [new for _, new in updated], loss, changed
+    return [new for new, _ in updated], [new for _, new in updated], loss, Packed.of(aux), changed

@@ -1,7 +1,7 @@
 """The call of a loss function, taken apart into what is differentiated, what is traced and what is compiled in.
 
-A call ``loss_fn(*arguments)`` has arrays that are differentiated (those of parameters), arrays that are only traced
-(other arrays and numbers, other variables of ``flax.nnx`` modules) and what is static (functions, strings, the
+A call ``loss_fn(*args, **kwargs)`` has arrays that are differentiated (those of parameters), arrays that are only
+traced (other arrays and numbers, other variables of ``flax.nnx`` modules) and what is static (functions, strings, the
 structure of modules). A module that the loss changes, its batch statistics or random state, is written back afterwards.
 So is what the loss writes into a parameter, as ``nnx.SpectralNorm`` does: the gradient is that at the value before, the
 update is applied to the value after.
@@ -25,15 +25,49 @@ from optimjax._params.parameter import Parameter, value_of
 from optimjax._params.variable import VariableParameter
 from optimjax._storage.placement import pin, pinned
 
-__all__ = ["CallCache", "CallStructure", "LossCall"]
+__all__ = ["CallCache", "CallStructure", "LossArguments", "LossCall"]
+
+
+@dataclass(frozen=True, eq=False)
+class LossArguments:
+    """What a loss function is called with, and how.
+
+    Attributes:
+      args: its arguments by position, except for what the optimizer gives it.
+      kwargs: those by name.
+      has_aux: whether it returns ``(loss, aux)``.
+      micro_batches: into how many parts the arrays among its arguments are divided.
+
+    Raises:
+      TypeError: ``micro_batches`` is not an integer.
+      ValueError: it is below 1.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    has_aux: bool = False
+    micro_batches: int = 1
+
+    def __post_init__(self) -> None:
+        parts = self.micro_batches
+        if not isinstance(parts, (int, np.integer)) or isinstance(parts, bool):
+            raise TypeError(f"micro_batches must be an integer, got {parts!r}")
+        if parts < 1:
+            raise ValueError(f"micro_batches must be at least 1, got {parts}")
+
+    @property
+    def names(self) -> list[str]:
+        """What was given: ``args[0]``, names, options that are not the usual ones."""
+        options = ["has_aux"] * bool(self.has_aux) + ["micro_batches"] * (self.micro_batches != 1)
+        return [*(f"args[{index}]" for index in range(len(self.args))), *self.kwargs, *options]
 
 
 class Role(enum.Enum):
     """What becomes of a leaf of the arguments, or of an array of a module among them."""
 
     DIFFERENTIATED = enum.auto()
-    TRACED = enum.auto()  # in a module: what the loss may change
-    CONSTANT = enum.auto()  # in a module: traced as well, but in no variable, so that a change would be lost
+    TRACED = enum.auto()  # in a module: what the loss may change; else what micro-batches divide
+    CONSTANT = enum.auto()  # traced as well; in a module it is in no variable, so that a change would be lost
     STATIC = enum.auto()
     MODULE = enum.auto()
     PARAMETER = enum.auto()  # before it is known whether it is differentiated or traced
@@ -55,19 +89,32 @@ class CallStructure:
     state_treedef: Any
     state_leaves: tuple[Leaf, ...]  # the same for each array of the modules
     types: tuple[type, ...]  # of the static leaves, because 1 == True == 1.0
-    pins: tuple[Any, ...] = ()  # where the modules' arrays must stay, see :func:`optimjax._storage.placement.pin`
+    has_aux: bool
+    micro_batches: int
+    pins: tuple[Any, ...] = ()  # of traced arrays, see :func:`optimjax._storage.placement.pin`
 
     def pinned(self, pins: tuple[Any, ...]) -> "CallStructure":
         """The same with these pins."""
         return interned(CallStructure, *[getattr(self, name.name) for name in fields(self)[:-1]], pins)
+
+    def pin(self, index: int) -> Any:
+        """Where a traced array must stay."""
+        return self.pins[index] if self.pins else None
+
+    @property
+    def divided(self) -> list[int]:
+        """Which of the traced arrays micro-batches divide."""
+        return [index for role, index in self.leaves if role is Role.TRACED]
 
     @property
     def changing(self) -> list[int]:
         """Which of the traced arrays are those of modules that the loss may change."""
         return [index for role, index in self.state_leaves if role is Role.TRACED]
 
-    def arguments(self, differentiated: Sequence[Array], traced: Sequence[Array]) -> tuple[tuple[Any, ...], Any]:
-        """The arguments made of these arrays, and the modules among them."""
+    def arguments(
+        self, differentiated: Sequence[Array], traced: Sequence[Array]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        """The arguments made of these arrays, by position and by name, and the modules among them."""
         values: dict[Role, Sequence[Any]] = {
             Role.DIFFERENTIATED: differentiated,
             Role.TRACED: traced,
@@ -78,7 +125,7 @@ class CallStructure:
             arrays = [values[role][index] for role, index in self.state_leaves]
             values[Role.MODULE] = modules = nnx().merge(self.graphdef, self.state_treedef.unflatten(arrays))
         leaves = [what if role is Role.STATIC else values[role][what] for role, what in self.leaves]
-        return self.treedef.unflatten(leaves), modules
+        return *self.treedef.unflatten(leaves), modules
 
     def after(
         self, modules: Any, differentiated: Sequence[Array], traced: Sequence[Array]
@@ -103,7 +150,7 @@ class CallStructure:
             if role is Role.DIFFERENTIATED
         }
         changed = [leaf for _, leaf, role, _ in roles if role is Role.TRACED]
-        return params, pinned(changed, list(self.pins) or [None] * len(changed))
+        return params, pinned(changed, [self.pin(index) for index in self.changing])
 
 
 def _left(path: Any, new: Any, old: Array) -> Array:
@@ -148,7 +195,7 @@ class LossCall:
         values = [parameter.value for parameter in self.parameters]
         call = LossCall(self.structure, self.parameters, self.variables, self.sources, values, traced)
         if jax.device_count() > 1:
-            pins = tuple(pin(traced[index]) for index in self.structure.changing)
+            pins = tuple(map(pin, traced))
             if pins != self.structure.pins:
                 call.structure = self.structure = self.structure.pinned(pins)
         return call
@@ -170,24 +217,30 @@ class CallCache:
         self._key: Any = None
         self._call: Any = None
 
-    def __call__(
-        self, arguments: tuple[Any, ...], parameters: Sequence[Parameter], given_first: bool = False
-    ) -> LossCall:
+    def __call__(self, given: LossArguments, parameters: Sequence[Parameter], model: tuple[Any, ...] = ()) -> LossCall:
         """Take a call apart; ``parameters`` with ``requires_grad`` are differentiated where they occur.
 
-        Where the first argument is what the optimizer was made from (``given_first``), its plain numbers are static:
-        they describe the model (the size of a window, the rate of a dropout) and never change.
+        Where the first argument is what the optimizer was made from (``model``), its plain numbers are static: they
+        describe the model (the size of a window, the rate of a dropout) and never change.
+
+        Raises:
+          ValueError: an array cannot be divided into the micro-batches.
+          TypeError: an argument can neither be traced nor compiled in.
         """
-        leaves, treedef = jax.tree.flatten(arguments, is_leaf=lambda x: isinstance(x, Parameter) or is_nnx(x))
-        fixed = treedef.children()[0].num_leaves if given_first else 0
+        whole = ((*model, *given.args), dict(given.kwargs))
+        leaves, treedef = jax.tree.flatten(whole, is_leaf=_is_leaf)
+        fixed = treedef.children()[0].children()[0].num_leaves if model else 0
         roles = [_role(leaf, position < fixed) for position, leaf in enumerate(leaves)]
         modules = [leaf for leaf, (role, _) in zip(leaves, roles, strict=True) if role is Role.MODULE]
         types = [type(what) for role, what in roles if role is Role.STATIC]
         wanted = [parameter for parameter in parameters if parameter.requires_grad]
-        key = (treedef, roles, types, list(map(id, wanted)), _structure(modules))
+        how = bool(given.has_aux), int(given.micro_batches)
+        if how[1] > 1:
+            _check_divides(whole, roles, how[1], len(model))
+        key = (treedef, roles, types, list(map(id, wanted)), how, _structure(modules))
         if self._key is None or key[-1] is None or key != self._key:
             self._key = None  # for an interrupt between the two
-            self._call = _Parts(wanted).of_call(treedef, roles, modules)
+            self._call = _Parts(wanted).of_call(treedef, roles, modules, *how)
             self._key = key
         return self._call.filled(leaves)
 
@@ -203,7 +256,7 @@ def _role(leaf: Any, fixed: bool) -> Leaf:
         return Role.MODULE, None
     number = isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool) and not fixed
     if number or isinstance(leaf, (jax.Array, np.ndarray, np.generic)) or hasattr(leaf, "detach"):
-        return Role.TRACED, None
+        return (Role.CONSTANT if fixed else Role.TRACED), None
     try:
         hash(leaf)
     except TypeError:
@@ -212,6 +265,23 @@ def _role(leaf: Any, fixed: bool) -> Leaf:
             "tree of arrays, and cannot be compiled in: give the arrays in it"
         ) from None
     return Role.STATIC, leaf
+
+
+def _is_leaf(x: Any) -> bool:
+    return isinstance(x, Parameter) or is_nnx(x)
+
+
+def _check_divides(arguments: Any, roles: Sequence[Leaf], parts: int, before: int) -> None:
+    """Raise where an array among the arguments, ``before`` which the model comes, cannot be divided into such parts."""
+    leaves = jax.tree_util.tree_flatten_with_path(arguments, is_leaf=_is_leaf)[0]
+    for (path, leaf), (role, _) in zip(leaves, roles, strict=True):
+        if role is Role.TRACED and np.ndim(leaf) and np.shape(leaf)[0] % parts:
+            by_name, first, *rest = path
+            name = dotted((first, *rest)) if by_name.idx else f"args[{first.idx - before}]{jax.tree_util.keystr(rest)}"
+            raise ValueError(
+                f"{name} of the loss function has the shape {tuple(np.shape(leaf))}, whose first axis cannot be "
+                f"divided into {parts} micro-batches: an array that is not a batch belongs to the model"
+            )
 
 
 def _structure(modules: Sequence[Any]) -> Any:
@@ -235,7 +305,9 @@ class _Parts:
         self._sources: list[Any] = []
         self._traced = 0
 
-    def of_call(self, treedef: Any, roles: Sequence[Leaf], modules: Sequence[Any]) -> LossCall:
+    def of_call(
+        self, treedef: Any, roles: Sequence[Leaf], modules: Sequence[Any], has_aux: bool, micro_batches: int
+    ) -> LossCall:
         """The call whose arguments have these leaves, and these modules among them."""
         leaves: list[Leaf] = []
         seen = 0  # modules
@@ -247,11 +319,14 @@ class _Parts:
                 leaves.append((role, what))
             elif what in self._wanted:
                 leaves.append(self._differentiated(what))
-            else:
-                leaves += self._trace(position)
+            else:  # a parameter that is not differentiated is the same in each micro-batch
+                leaves += self._trace(position, role=Role.CONSTANT if role is Role.PARAMETER else role)
         graphdef, state_treedef, state_leaves = self._of_modules(modules) if modules else (None, None, [])
         types = tuple(type(what) for role, what in leaves if role is Role.STATIC)
-        structure = interned(CallStructure, treedef, tuple(leaves), graphdef, state_treedef, tuple(state_leaves), types)
+        structure = interned(
+            CallStructure, treedef, tuple(leaves), graphdef, state_treedef, tuple(state_leaves), types, has_aux,
+            micro_batches,
+        )  # fmt: skip
         return LossCall(structure, self._parameters, self._variables, self._sources)
 
     def _of_modules(self, modules: Sequence[Any]) -> tuple[Any, Any, list[Leaf]]:

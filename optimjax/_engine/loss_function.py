@@ -29,7 +29,7 @@ class LossFunction:
         except TypeError:  # an object with slots
             self.function = lambda: function
         self._programs: dict[Any, Program] = {}
-        self._accepts: set[tuple[int, bool]] = set()
+        self._accepts: set[tuple[int, tuple[str, ...]]] = set()
 
     def program(self, function: Callable[..., Any], static: int) -> Program:
         """The program of ``function(loss_fn, *args)``, the first ``static`` of whose arguments are compiled in."""
@@ -43,17 +43,17 @@ class LossFunction:
             self._programs[function] = Program(bound, static)
         return self._programs[function]
 
-    def check(self, count: int, given_first: bool) -> None:
-        """Whether it takes so many arguments, before JAX's tracebacks are around the error.
+    def check(self, count: int, names: tuple[str, ...], given_first: bool) -> None:
+        """Whether it takes so many arguments and these by name, before JAX's tracebacks are around the error.
 
         Raises:
           TypeError: it takes others.
         """
-        if (count, given_first) in self._accepts:  # looking at a signature is slow
+        if (count, names) in self._accepts:  # looking at a signature is slow
             return
         function = self.function()
         try:
-            inspect.signature(function).bind(*[None] * count)
+            inspect.signature(function).bind(*[None] * count, **dict.fromkeys(names))
         except TypeError as error:
             name = getattr(function, "__name__", "loss_fn")
             first = "optimizer.params, " * given_first
@@ -64,13 +64,14 @@ class LossFunction:
             )
             if given_first and takes_no_arguments(function):
                 advice = f"it must take what the optimizer was made from, as in def {name}(model)"
+            by_name = "".join(f", {name}=..." for name in names)
             raise TypeError(
-                f"{name} is called as {name}({first}*args) and cannot be: {error}; {advice}. "
-                "Arguments are passed by position"
+                f"{name} is called as {name}({first}*args{by_name}) and cannot be: {error}; {advice}. "
+                "has_aux and micro_batches are arguments of step and backward themselves"
             ) from None
         except ValueError:  # some functions have no signature
             pass
-        self._accepts.add((count, given_first))
+        self._accepts.add((count, names))
 
 
 _known: "weakref.WeakKeyDictionary[Any, LossFunction]" = weakref.WeakKeyDictionary()  # shared by all optimizers

@@ -3,14 +3,12 @@
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
-from jax import Array
-
 from optimjax._core.containers import own_memory
 from optimjax._core.definition import Definition
 from optimjax._engine.bucket import update_bucket
 from optimjax._engine.handover import Call, Handover, Launch, kinds
 from optimjax._engine.loss import update_from_loss, value_and_grad
-from optimjax._engine.loss_call import CallCache, LossCall
+from optimjax._engine.loss_call import CallCache, LossArguments, LossCall
 from optimjax._engine.loss_function import LossFunction, LossFunctions
 from optimjax._engine.plan import Planner, distinct
 from optimjax._params.handed import Handed, name_of
@@ -38,13 +36,13 @@ class Stepper:
         self.losses = LossFunctions()
         self._calls = CallCache()
 
-    def backward(self, groups: Groups, handed: Handed, loss_fn: Any, args: tuple[Any, ...], has_aux: bool) -> Any:
+    def backward(self, groups: Groups, handed: Handed, loss_fn: Any, given: LossArguments) -> Any:
         """Add the gradients of a loss to those of the parameters; return ``loss``, or ``(loss, aux)``."""
         loss_function = self.losses(loss_fn)
-        program = loss_function.program(value_and_grad, static=2)
+        program = loss_function.program(value_and_grad, static=1)
 
         def plan() -> Launch:
-            call = self.call_of(groups, handed, loss_function, args)
+            call = self.call_of(groups, handed, loss_function, given)
             accumulated = [parameter.grad for parameter in call.parameters]
 
             def commit(results: list[Any]) -> list[Any]:
@@ -54,11 +52,11 @@ class Stepper:
                     parameter._grad = grad  # without checks, because it has been made for the parameter
                 return []
 
-            arguments = call.structure, has_aux, call.differentiated, call.traced, accumulated
-            return Launch(program, (), [Call((call.structure, has_aux), arguments)], commit)
+            arguments = call.structure, call.differentiated, call.traced, accumulated
+            return Launch(program, (), [Call((call.structure,), arguments)], commit)
 
         ((loss, aux, *_),) = self.handover.launch(plan)
-        return (loss, aux) if has_aux else loss
+        return (loss, aux) if given.has_aux else loss
 
     def by_gradients(
         self,
@@ -83,15 +81,15 @@ class Stepper:
         state: MutableMapping[Parameter, Any],
         handed: Handed,
         loss_fn: Any,
-        args: tuple[Any, ...],
+        given: LossArguments,
         donate: bool,
-    ) -> Array:
-        """Value, gradient and update in one program; return the loss."""
+    ) -> Any:
+        """Value, gradient and update in one program; return ``loss``, or ``(loss, aux)``."""
         loss_function = self.losses(loss_fn)
         program = loss_function.program(update_from_loss, static=2)
 
         def plan() -> Launch:
-            call = self.call_of(groups, handed, loss_function, args)
+            call = self.call_of(groups, handed, loss_function, given)
             grads = dict(zip(call.parameters, call.differentiated, strict=True))  # which have their shapes
             plan, rows = self.planner.planned(groups, state, grads, together=True)
             slots = [bucket.store.slots for bucket in plan.buckets]
@@ -99,7 +97,7 @@ class Stepper:
             take = plan.commit(state)
 
             def commit(results: list[Any]) -> list[tuple[Any, str, Any]]:
-                ((new_slots, new_params, _, changed),) = results
+                ((new_slots, new_params, _, _, changed),) = results
                 call.write_back(changed)
                 return take(list(zip(new_slots, new_params, strict=True)))
 
@@ -107,25 +105,25 @@ class Stepper:
             arguments = call.structure, plan.structure, slots, params, call.traced, rows
             return Launch(program, (2, 3) if donate else (2,), [Call(key, arguments)], commit)
 
-        ((_, _, loss, _),) = self.handover.launch(plan)
-        return loss
+        ((_, _, loss, aux, _),) = self.handover.launch(plan)
+        return (loss, aux.tree) if given.has_aux else loss
 
-    def call_of(self, groups: Groups, handed: Handed, loss_function: LossFunction, args: tuple[Any, ...]) -> LossCall:
+    def call_of(self, groups: Groups, handed: Handed, loss_function: LossFunction, given: LossArguments) -> LossCall:
         """The call of a loss function, taken apart into what is differentiated, traced and static."""
-        given = not handed.bound
-        if given:
+        model = ()
+        if not handed.bound:
             handed.follow(groups)
-            args = (handed.with_parameters(), *args)
-        loss_function.check(len(args), given)
+            model = (handed.with_parameters(),)
+        loss_function.check(len(model) + len(given.args), tuple(given.kwargs), bool(model))
         parameters = [parameter for group in groups for parameter in group["params"]]
-        call = self._calls(args, parameters, given)
+        call = self._calls(given, parameters, model)
         if len(call.parameters) != len(parameters):
-            _check_found(call.parameters, groups, handed if given else None)
+            _check_found(call.parameters, groups, handed if model else None)
         return call
 
-    def variables(self, groups: Groups, handed: Handed, loss_fn: Any, args: tuple[Any, ...]) -> list[Any]:
+    def variables(self, groups: Groups, handed: Handed, loss_fn: Any, given: LossArguments) -> list[Any]:
         """The variables of modules that a loss may change."""
-        return self.call_of(groups, handed, self.losses(loss_fn), args).variables
+        return self.call_of(groups, handed, self.losses(loss_fn), given).variables
 
 
 def _check_found(found: Sequence[Parameter], groups: Groups, given: Handed | None) -> None:

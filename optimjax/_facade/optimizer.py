@@ -5,7 +5,7 @@ import dataclasses
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from typing import Any, ClassVar, Self, overload
+from typing import Any, ClassVar, Literal, Self, TypeVar, overload
 
 import chex
 import jax
@@ -18,6 +18,7 @@ from optimjax._core.hyperparameters import Hyperparameters
 from optimjax._core.sparse import zeros_like
 from optimjax._core.tree import check_gradient
 from optimjax._engine.handover import is_top_level, trace_state
+from optimjax._engine.loss_call import LossArguments
 from optimjax._engine.loss_function import takes_no_arguments
 from optimjax._engine.state import ParameterState
 from optimjax._engine.stepping import Stepper
@@ -33,6 +34,9 @@ from optimjax._params.parameter import Parameter
 from optimjax._params.source import ParameterSource, is_single
 
 __all__ = ["Optimizer", "register_optimizer_step_post_hook", "register_optimizer_step_pre_hook"]
+
+
+Aux = TypeVar("Aux")
 
 
 class Optimizer:
@@ -200,7 +204,9 @@ class Optimizer:
                 grad = parameter.grad
                 parameter.grad = None if set_to_none or grad is None else zeros_like(grad)
 
-    def backward(self, loss_fn: Callable[..., Any], *args: Any, has_aux: bool = False) -> Any:
+    def backward(
+        self, loss_fn: Callable[..., Any], *args: Any, has_aux: bool = False, micro_batches: int = 1, **kwargs: Any
+    ) -> Any:
         """Differentiate ``loss_fn(optimizer.params, *args)`` and add the gradients into ``Parameter.grad``.
 
         An optimizer made from parameters of a ``flax.nnx`` module takes the module among ``args`` instead:
@@ -214,6 +220,8 @@ class Optimizer:
           loss_fn: returns a real scalar, or ``(scalar, aux)`` with ``has_aux``.
           args: arrays and trees of arrays; other leaves (strings, functions) are compiled in.
           has_aux: whether ``loss_fn`` returns something in addition to the loss.
+          micro_batches: see :meth:`step`.
+          kwargs: further arguments of ``loss_fn``, by name.
 
         Returns:
           The loss, or ``(loss, aux)``.
@@ -225,26 +233,63 @@ class Optimizer:
         36.0 36.0
         """
         self._check_trace()
-        return self._stepper.backward(self.param_groups, self._handed, loss_fn, args, has_aux)
+        given = LossArguments(args, kwargs, has_aux, micro_batches)
+        return self._stepper.backward(self.param_groups, self._handed, loss_fn, given)
 
     # --- step ---
 
     @overload
     def step(self) -> None: ...
     @overload
-    def step(self, loss_fn: Callable[..., chex.Numeric], /, *args: Any) -> Array: ...
+    def step(self, *, closure: Callable[[], Any]) -> Any: ...
+    @overload
+    def step(
+        self,
+        loss_fn: Callable[..., tuple[chex.Numeric, Aux]],
+        /,
+        *args: Any,
+        has_aux: Literal[True],
+        micro_batches: int = 1,
+        **kwargs: Any,
+    ) -> tuple[Array, Aux]: ...
+    @overload
+    def step(
+        self,
+        loss_fn: Callable[..., chex.Numeric],
+        /,
+        *args: Any,
+        has_aux: Literal[False] = False,
+        micro_batches: int = 1,
+        **kwargs: Any,
+    ) -> Array: ...
     @overload
     def step(self, grads: Any, /) -> None: ...
-    @overload
-    def step(self, *, closure: Callable[[], Any]) -> Any: ...
-    def step(self, grads_or_loss: Any = None, *args: Any, closure: Any = None) -> Any:
+    def step(
+        self,
+        grads_or_loss: Any = None,
+        *args: Any,
+        closure: Any = None,
+        has_aux: bool = False,
+        micro_batches: int = 1,
+        **kwargs: Any,
+    ) -> Any:
         """Update every parameter that has a gradient.
 
         Three forms: ``step()`` uses ``Parameter.grad``; ``step(grads)`` takes gradients in the structure of
         ``params`` (for a module what ``nnx.grad`` returns, for parameters a list in their order), ``None`` where one is
-        missing; ``step(loss_fn, *args)`` computes value, gradient and update in one compiled program and returns the
-        loss; whatever changes must be among ``args``, as for :meth:`backward`. A parameter without a gradient is left
-        alone, with its state and its count; in the last two forms one with ``requires_grad=False``, too.
+        missing; ``step(loss_fn, *args, **kwargs)`` computes value, gradient and update in one compiled program and
+        returns the loss; whatever changes must be among the arguments, as for :meth:`backward`. A parameter without a
+        gradient is left alone, with its state and its count; in the last two forms one with ``requires_grad=False``,
+        too.
+
+        With ``has_aux=True`` the loss function returns ``(loss, aux)``, and so does ``step``.
+
+        With ``micro_batches=n`` a large batch costs the memory of a small one: every array among the arguments is
+        divided along its first axis into ``n`` parts, which go through the loss one after the other, still in one
+        program. The update is by the mean of their gradients, summed in float32 at least; the loss returned is the
+        mean, and ``aux`` has one more axis in front, for the parts. Numbers, arrays without axes and parameters are
+        given to every part; of a ``jax.random.key`` each part gets one of its own. What a part changes in a module, the
+        next one begins with.
 
         PyTorch's closure, a function without arguments that calls :meth:`zero_grad` and :meth:`backward` itself, is
         called before the step, and its result is returned; ``closure`` is PyTorch's name of the argument.
@@ -256,34 +301,43 @@ class Optimizer:
 
         Inside a ``jit`` of your own use :attr:`algorithm` instead, which has no state to write to.
 
+        >>> import jax.numpy as jnp, optimjax as optim
+        >>> optimizer = optim.SGD({"w": jnp.array(1.0)}, lr=0.25)
+        >>> def loss_fn(params, x, *, y):
+        ...     error = params["w"] * x - y
+        ...     return jnp.mean(error**2), error
+        >>> x = jnp.array([1.0, 1.0, 2.0, 2.0])
+        >>> loss, error = optimizer.step(loss_fn, x, y=2 * x, has_aux=True, micro_batches=2)
+        >>> print(loss, error.tolist(), optimizer.params["w"])
+        2.5 [[-1.0, -1.0], [-2.0, -2.0]] 2.25
+
         Raises:
           RuntimeError: called inside a ``jit``, ``scan``, ``grad``, ... that began after the optimizer was made.
+          ValueError: an array among the arguments cannot be divided into the micro-batches.
           ValueError, TypeError: gradients of another structure, shape or kind; state that was edited into another shape
             or kind; the message names the path. Nothing has changed then.
           RuntimeError: a gradient is sparse and the algorithm takes dense ones, or the other way round; a closure has
             left no gradient. As above.
         """
         self._check_trace()
-        kwargs: dict[str, Any] = {} if closure is None else {"closure": closure}
+        kwargs |= _given(closure=(closure, None), has_aux=(has_aux, False), micro_batches=(micro_batches, 1))
         given = (self, grads_or_loss, *args) if args or grads_or_loss is not None else (self,)
         hooked = not self._in_step  # the step of a subclass, which called this one, has run the hooks
         if hooked:
             given, kwargs = self._hooks.before_step(self, given, kwargs)
-        form, args = _form(*given[1:], **kwargs)
+        form, call = _form(*given[1:], **kwargs)
         loss = None
-        if form is None:
-            if args:
-                raise TypeError(f"step(None) takes no further arguments, got {len(args)}: is the loss function None?")
-            self._update(self._gradients)
-        elif callable(form) and not self._are_gradients(form):
-            if not args and self._stepper.losses.find(form) is None and takes_no_arguments(form):
+        if callable(form) and not self._are_gradients(form):
+            if not call.names and self._stepper.losses.find(form) is None and takes_no_arguments(form):
                 loss = self._update_from_closure(form)
             else:
-                loss = self._update_from_loss(form, args)
-        elif args:
-            raise TypeError(f"step(grads) takes no further arguments, got {len(args)}")
+                loss = self._update_from_loss(form, call)
+        elif call.names:
+            what = "None" if form is None else "grads"
+            hint = ": is the loss function None?" if form is None else ", which belong to step(loss_fn, ...)"
+            raise TypeError(f"step({what}) takes no further arguments, got {', '.join(call.names)}{hint}")
         else:
-            self._update(lambda: self._unfrozen(self._view().pairs(form)))
+            self._update(self._gradients if form is None else lambda: self._unfrozen(self._view().pairs(form)))
         self._note_step()
         if hooked:
             self._hooks.after_step(self, given, kwargs)
@@ -296,8 +350,8 @@ class Optimizer:
     def _update(self, gradients: Callable[[], Iterable[tuple[Parameter, Any]]]) -> None:
         self._stepper.by_gradients(self.param_groups, self.state, gradients, donate=self.donate)
 
-    def _update_from_loss(self, loss_fn: Callable[..., Any], args: tuple[Any, ...]) -> Array:
-        return self._stepper.by_loss(self.param_groups, self.state, self._handed, loss_fn, args, donate=self.donate)
+    def _update_from_loss(self, loss_fn: Callable[..., Any], given: LossArguments) -> Any:
+        return self._stepper.by_loss(self.param_groups, self.state, self._handed, loss_fn, given, donate=self.donate)
 
     def _gradients(self) -> Iterable[tuple[Parameter, Any]]:
         return [(parameter, parameter.grad) for parameter in self._parameters()]
@@ -547,11 +601,23 @@ def _define(cls: type[Optimizer]) -> None:
 _define(Optimizer)
 
 
-def _form(grads_or_loss: Any = None, *args: Any, closure: Any = None) -> tuple[Any, tuple[Any, ...]]:
+def _form(
+    grads_or_loss: Any = None,
+    *args: Any,
+    closure: Any = None,
+    has_aux: bool = False,
+    micro_batches: int = 1,
+    **kwargs: Any,
+) -> tuple[Any, LossArguments]:
     """The arguments of ``step`` as a hook has left them, whatever they are called."""
     if closure is not None and (grads_or_loss is not None or args):
         raise TypeError("step takes a closure by position or by name, not both")
-    return (grads_or_loss if closure is None else closure), args
+    return (grads_or_loss if closure is None else closure), LossArguments(args, kwargs, has_aux, micro_batches)
+
+
+def _given(**options: tuple[Any, Any]) -> dict[str, Any]:
+    """What was given of options, each with its default; hooks see only this."""
+    return {name: value for name, (value, default) in options.items() if value is not default}
 
 
 def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,5 +1,6 @@
 """Where arrays are, as far as that is more than one device, or another memory than a device's own."""
 
+import math
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -7,7 +8,7 @@ import jax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
-__all__ = ["automatic", "canonical", "explicit", "pin", "pinned", "place", "resharded", "sharding_of"]
+__all__ = ["automatic", "canonical", "divided", "explicit", "pin", "pinned", "place", "resharded", "sharding_of"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -81,6 +82,36 @@ def canonical(sharding: Any) -> Any:
     names = list(sharding.spec)
     while names and names[-1] is None:
         names.pop()
+    return NamedSharding(sharding.mesh, PartitionSpec(*names), memory_kind=sharding.memory_kind)
+
+
+def divided(array: jax.Array, count: int, where: NamedSharding | None) -> jax.Array:
+    """Parts of an array along its first axis, which is then the second one; of a random key, so many keys.
+
+    Each part lies on all devices that the array lies on, or most of them would wait for those that have the part.
+
+    Args:
+      array: traced.
+      count: of the parts.
+      where: the array's pin.
+    """
+    if not array.ndim:
+        return jax.random.split(array, count)
+    sharding = explicit(array)
+    if sharding is not None:  # whose first axis cannot be divided while it is distributed
+        array = resharded(array, sharding.update(spec=PartitionSpec(None, *sharding.spec[1:])))
+    parts = array.reshape(count, array.shape[0] // count, *array.shape[1:])
+    if sharding is not None:
+        return resharded(parts, _of_parts(sharding, parts.shape))
+    return parts if where is None else jax.lax.with_sharding_constraint(parts, _of_parts(where, parts.shape))
+
+
+def _of_parts(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of parts of an array that had this one; an axis that does not divide any more is whole."""
+    names: list[Any] = [None, *sharding.spec, *[None] * (len(shape) - 1 - len(sharding.spec))]
+    first = names[1] if isinstance(names[1], tuple) else (names[1],)
+    if names[1] is not None and shape[1] % math.prod(sharding.mesh.shape[name] for name in first):
+        names[1] = None
     return NamedSharding(sharding.mesh, PartitionSpec(*names), memory_kind=sharding.memory_kind)
 
 

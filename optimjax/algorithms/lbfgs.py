@@ -67,8 +67,8 @@ from optimjax._core.states import registered
 from optimjax._core.tree import check_gradient, flatten_params, match, names
 from optimjax._engine.handover import Call, Launch, kinds
 from optimjax._engine.interned import interned
-from optimjax._engine.loss import value_and_grad
-from optimjax._engine.loss_call import CallStructure
+from optimjax._engine.loss import Packed, evaluate
+from optimjax._engine.loss_call import CallStructure, LossArguments
 from optimjax._engine.loss_function import takes_no_arguments
 from optimjax._engine.plan import distinct
 from optimjax._engine.state import ParameterState
@@ -376,28 +376,32 @@ class Problem:
 
 def run(
     loss_fn: Callable[..., Any], problem: Problem, state: list[Array], params: Any, traced: Any, scalars: Scalars
-) -> tuple[list[Array], list[Array], Array, list[Array]]:
-    """One call in one program: ``(state, params, loss at the beginning, what the loss has changed in modules)``."""
+) -> tuple[list[Array], list[Array], Array, Packed, list[Array]]:
+    """One call in one program: ``(state, params, loss and aux at the beginning, what has changed in modules)``."""
     layout = problem.layout
     # What the loss changes in a module, batch statistics or random state, goes from each evaluation to the next.
     changing = problem.structure.changing
     # Compiled by itself, so that the loss is traced once for both of the places that it stands in.
-    differentiated = jax.jit(functools.partial(value_and_grad, loss_fn, problem.structure, False))
+    differentiated = jax.jit(functools.partial(evaluate, loss_fn, problem.structure))
 
-    def evaluate(params: list[Array], changed: list[Array]) -> tuple[Array, Array, list[Array]]:
+    def at(params: list[Array], changed: list[Array]) -> tuple[Array, Any, Array, list[Array]]:
         arrays = list(traced)
         for index, array in zip(changing, changed, strict=True):
             arrays[index] = array
-        loss, _, changed, _, grads = differentiated(params, arrays, [None] * len(params))
-        return loss, gradient(layout, grads), changed
+        loss, aux, changed, _, grads = differentiated(params, arrays)
+        return loss, aux, gradient(layout, grads), changed
 
-    loss, grad, changed = evaluate(params, [traced[index] for index in changing])
+    def evaluate_at(x: Array, changed: list[Array]) -> tuple[Array, Array, list[Array]]:
+        loss, _, grad, changed = at(layout.unflatten(x), changed)
+        return loss, grad, changed
+
+    loss, aux, grad, changed = at(params, [traced[index] for index in changing])
     x = layout.flatten(params)
     new, x, changed = minimize(
-        lambda x, changed: evaluate(layout.unflatten(x), changed),
+        evaluate_at,
         layout.rounded, problem.line_search_fn, LBFGSState(*state), x, loss, grad, changed, scalars,
     )  # fmt: skip
-    return pinned(list(new), list(problem.pins)), layout.unflatten(x), loss, changed
+    return pinned(list(new), list(problem.pins)), layout.unflatten(x), loss, Packed.of(aux), changed
 
 
 STATE, PARAMS = 1, 2  # positions of its arguments, without the loss function, that may be updated in place
@@ -572,7 +576,15 @@ class LBFGS(Optimizer):
             raise ValueError("LBFGS doesn't support per-parameter options (parameter groups)")
         super().add_param_group(param_group)
 
-    def step(self, loss_fn: Any = None, *args: Any, closure: Any = None) -> Array:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        loss_fn: Any = None,
+        *args: Any,
+        closure: Any = None,
+        has_aux: bool = False,
+        micro_batches: int = 1,
+        **kwargs: Any,
+    ) -> Any:
         """Up to ``max_iter`` iterations, in one compiled program.
 
         Args:
@@ -580,9 +592,12 @@ class LBFGS(Optimizer):
             into an ``nnx.Param`` is not kept: the line search sets the parameters.
           args: its further arguments.
           closure: another name for ``loss_fn``.
+          has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
+          micro_batches: into how many parts each evaluation divides the arrays among the arguments.
+          kwargs: further arguments of ``loss_fn``, by name.
 
         Returns:
-          The loss at the beginning, as in PyTorch.
+          The loss at the beginning, as in PyTorch; with ``has_aux`` ``(loss, aux)``, both of the beginning.
 
         Raises:
           TypeError: no loss function, or PyTorch's closure, which takes no arguments. The loss is evaluated at points
@@ -594,8 +609,9 @@ class LBFGS(Optimizer):
                 "LBFGS evaluates the loss itself: it takes step(loss_fn, *args), neither step() nor step(grads); got "
                 f"{type(loss_fn).__name__}: {loss_fn!r}"
             )
+        given = LossArguments(args, kwargs, has_aux, micro_batches)
         losses = self._stepper.losses
-        if not args and losses.find(loss_fn) is None and takes_no_arguments(loss_fn):
+        if not args and not kwargs and losses.find(loss_fn) is None and takes_no_arguments(loss_fn):
             name = getattr(loss_fn, "__name__", "closure")
             raise TypeError(
                 f"LBFGS evaluates the loss many times inside one compiled program, so {name}() must not call backward "
@@ -611,7 +627,7 @@ class LBFGS(Optimizer):
             (group,) = self.param_groups
             self.definition.hyperparameters.check_structural(group)
             hyper, _ = self._stepper.planner.resolved(self.param_groups, 0)
-            call = self._stepper.call_of(self.param_groups, self._handed, loss_function, args)
+            call = self._stepper.call_of(self.param_groups, self._handed, loss_function, given)
             layout = self._layout_of(call.parameters)
             size = group["history_size"]
             state = self._present(layout, size)
@@ -620,7 +636,7 @@ class LBFGS(Optimizer):
             params = distinct(call.differentiated, call.traced) if self.donate else call.differentiated
 
             def commit(results: list[Any]) -> list[tuple[Any, str, Any]]:
-                ((state, params, _, changed),) = results
+                ((state, params, _, _, changed),) = results
                 call.write_back(changed)
                 for parameter, param in zip(call.parameters, params, strict=True):
                     parameter._write(_placed_like(parameter.value, param))
@@ -632,8 +648,8 @@ class LBFGS(Optimizer):
             donated = (STATE, PARAMS) if self.donate else (STATE,)
             return Launch(program, donated, [Call((problem, *kinds(call.traced)), arguments)], commit)
 
-        ((_, _, loss, _),) = self._stepper.handover.launch(plan)
-        return loss
+        ((_, _, loss, aux, _),) = self._stepper.handover.launch(plan)
+        return (loss, aux.tree) if has_aux else loss
 
     def _layout_of(self, moving: Sequence[Parameter]) -> Layout:
         parameters = self._parameters()

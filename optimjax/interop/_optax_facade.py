@@ -23,6 +23,7 @@ from optimjax._core.sparse import is_sparse
 from optimjax._core.tree import check_gradient, copied_array, dotted
 from optimjax._engine.handover import Call, Launch, kinds
 from optimjax._engine.interned import interned
+from optimjax._engine.loss_call import LossArguments
 from optimjax._engine.plan import distinct
 from optimjax._engine.state import ParameterState
 from optimjax._facade import functional_form
@@ -122,7 +123,13 @@ class FromOptax(Optimizer):
     # --- steps ---
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, grads_or_loss: Any = None, *args: Any, closure: Any = None, **extra: Any
+        self,
+        grads_or_loss: Any = None,
+        *args: Any,
+        closure: Any = None,
+        has_aux: bool = False,
+        micro_batches: int = 1,
+        **kwargs: Any,
     ) -> Any:
         """Update the parameters; see :meth:`optimjax.Optimizer.step`.
 
@@ -130,23 +137,23 @@ class FromOptax(Optimizer):
           grads_or_loss: nothing, gradients, or a loss function.
           args: arguments of the loss function.
           closure: PyTorch's closure.
-          extra: for ``step(grads)`` and ``step()``, arguments of the transformation, such as ``value=loss``. Arrays and
-            numbers may change from step to step; all else is compiled in.
+          has_aux: whether the loss function returns ``(loss, aux)``.
+          micro_batches: into how many parts the arrays among its arguments are divided, for value and gradient;
+            ``value_fn`` gets them whole.
+          kwargs: further arguments of the loss function; for ``step(grads)`` and ``step()`` those of the
+            transformation, such as ``value=loss``. Arrays and numbers may change from step to step; all else is
+            compiled in.
 
         Raises:
           TypeError: arguments that the transformation does not take.
           ValueError: some parameters have no gradient, and others have.
         """
-        check_extra(self._tx, extra)
-        if extra and callable(grads_or_loss) and not self._are_gradients(grads_or_loss):
-            raise TypeError(
-                "step(loss_fn, ...) itself gives the transformation value, grad and value_fn; got "
-                f"{', '.join(map(repr, extra))}: compute gradients and call step(grads, ...)"
-            )
-        self._extra = extra
+        if not callable(grads_or_loss) or self._are_gradients(grads_or_loss):
+            check_extra(self._tx, kwargs)
+            self._extra, kwargs = kwargs, {}
         try:
-            given = {} if closure is None else {"closure": closure}
-            return super().step(grads_or_loss, *args, **given)
+            how = {"closure": closure, "has_aux": has_aux, "micro_batches": micro_batches}
+            return super().step(grads_or_loss, *args, **how, **kwargs)
         finally:
             self._extra = {}
 
@@ -171,12 +178,12 @@ class FromOptax(Optimizer):
 
         self._stepper.handover.launch(plan)
 
-    def _update_from_loss(self, loss_fn: Callable[..., Any], args: tuple[Any, ...]) -> Array:
+    def _update_from_loss(self, loss_fn: Callable[..., Any], given: LossArguments) -> Any:
         loss_function = self._stepper.losses(loss_fn)
         program = loss_function.program(update_from_loss, static=2)
 
         def plan() -> Launch:
-            call = self._stepper.call_of(self.param_groups, self._handed, loss_function, args)
+            call = self._stepper.call_of(self.param_groups, self._handed, loss_function, given)
             self._checked_gradients(self._structure()[0], dict.fromkeys(call.parameters))
             problem, kept, params, rates = self._problem(call.parameters, (jax.tree.structure({}), ()))
             params = distinct(params, call.traced) if self.donate else params
@@ -184,14 +191,14 @@ class FromOptax(Optimizer):
             arguments = problem, call.structure, kept.slots, params, call.traced, rates
 
             def commit(results: list[Any]) -> list[tuple[Any, str, Any]]:
-                ((leaves, new, _, changed),) = results
+                ((leaves, new, _, _, changed),) = results
                 call.write_back(changed)
                 return self._commit(call.parameters, kept, [(leaves, new)])
 
             return Launch(program, GIVEN_TO_UPDATE_FROM_LOSS[self.donate], [Call(key, arguments)], commit)
 
-        ((_, _, loss, _),) = self._stepper.handover.launch(plan)
-        return loss
+        ((_, _, loss, aux, _),) = self._stepper.handover.launch(plan)
+        return (loss, aux.tree) if given.has_aux else loss
 
     def _structure(self) -> tuple[list[Parameter], Any]:
         """The parameters that train, in the order of the leaves that optax sees, and the structure that it sees.

@@ -13,7 +13,7 @@ from optimjax._core.foreign import is_variable
 from optimjax._core.reading import ShapeError, slot_array
 from optimjax._core.tree import distinct_names
 from optimjax._engine.handover import Program
-from optimjax._engine.loss import value_and_grad
+from optimjax._engine.loss import Packed, evaluate
 from optimjax._engine.loss_call import CallStructure
 from optimjax._params.parameter import Parameter
 from optimjax._storage.placement import pinned, place, sharding_of
@@ -112,22 +112,22 @@ def update_from_loss(
     params: list[Array],
     traced: list[Array],
     rates: Any,
-) -> tuple[list[Array], list[Array], Array, list[Array]]:
-    """Value, gradient and update: ``(state, params, loss, what the loss has changed in modules)``.
+) -> tuple[list[Array], list[Array], Array, Packed, list[Array]]:
+    """Value, gradient and update: ``(state, params, loss, aux, what the loss has changed in modules)``.
 
     The transformation gets what line searches and others ask for: ``value``, ``grad`` and ``value_fn``.
     """
-    nothing = [None] * len(params)
-    loss, _, changed, written, grads = value_and_grad(loss_fn, call, False, params, traced, nothing)
+    loss, aux, changed, written, grads = evaluate(loss_fn, call, params, traced)
     params = [written.get(index, param) for index, param in enumerate(params)]
 
     def value_fn(tree: Any) -> Any:
-        arguments, _ = call.arguments(problem.arrays(tree), traced)
-        return loss_fn(*arguments)
+        args, kwargs, _ = call.arguments(problem.arrays(tree), traced)
+        result = loss_fn(*args, **kwargs)
+        return result[0] if call.has_aux else result
 
     extra = {"value": loss, "grad": problem.tree(grads), "value_fn": value_fn}
     state, params = problem.advanced(state, params, grads, rates, accepted(problem.tx, extra))
-    return state, params, loss, changed
+    return state, params, loss, Packed.of(aux), changed
 
 
 by_gradients = Program(update, static=1)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from optimjax._core.containers import copied
+from optimjax._engine.loss_call import LossArguments
 from optimjax._facade.optimizer import Optimizer
 from optimjax.lr_scheduler.base import write
 
@@ -69,7 +70,7 @@ def find_lr(
         for rate, batch in zip(rates, _again_and_again(batches), strict=False):
             args = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
             before.note_variables(
-                optimizer._stepper.variables(optimizer.param_groups, optimizer._handed, loss_fn, args)
+                optimizer._stepper.variables(optimizer.param_groups, optimizer._handed, loss_fn, LossArguments(args))
             )
             for group in optimizer.param_groups:
                 write(group, "lr", float(rate))
