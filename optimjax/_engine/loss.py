@@ -1,8 +1,6 @@
 """Differentiate a loss function with respect to parameters, in one compiled program."""
 
-import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -14,33 +12,33 @@ from optimjax._engine.bucket import StepStructure, update_each
 from optimjax._engine.loss_call import CallStructure
 from optimjax._storage.placement import divided
 
-__all__ = ["Packed", "evaluate", "update_from_loss", "value_and_grad"]
+__all__ = ["Packed", "evaluate", "packed", "unpacked", "update_from_loss", "value_and_grad"]
 
 # The loss, what it returns in addition, what it changes in modules, what it writes into parameters (by index: only
 # those that it writes into, which tracing tells, so that it costs nothing where there are none), the gradients.
 Evaluated = tuple[Any, Any, list[Array], dict[int, Array], list[Any]]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["leaves"], meta_fields=["structure"])
-@dataclass
-class Packed:
-    """A tree of any nodes on its way out of a program.
+class Structure:
+    """The structure of a tree, as the key of a dict: it is compared by identity, which runs no Python code."""
 
-    JAX puts this class together without Python code, in which an interrupt would lose the results.
-    """
+    def __init__(self, treedef: Any):
+        self.treedef = treedef
 
-    leaves: list[Any]
-    structure: Any
 
-    @classmethod
-    def of(cls, tree: Any) -> "Packed":
-        """The tree, packed."""
-        return cls(*jax.tree.flatten(tree))
+Packed = dict[Structure, list[Any]]  # a tree of any nodes on its way out of a program, which returns plain ones
 
-    @property
-    def tree(self) -> Any:
-        """The tree."""
-        return jax.tree.unflatten(self.structure, self.leaves)
+
+def packed(tree: Any) -> Packed:
+    """The tree, packed."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return {Structure(treedef): leaves}
+
+
+def unpacked(tree: Packed) -> Any:
+    """The tree."""
+    ((structure, leaves),) = tree.items()
+    return jax.tree.unflatten(structure.treedef, leaves)
 
 
 def evaluate(loss_fn: Callable[..., Any], call: CallStructure, differentiated: Any, traced: Any) -> Evaluated:
@@ -166,4 +164,4 @@ def update_from_loss(
         update_each(bucket, kept, [params[i] for i in positions], [grads[i] for i in positions], row)
         for bucket, positions, kept, row in zip(step.buckets, step.positions, slots, rows, strict=True)
     ]
-    return [new for new, _ in updated], [new for _, new in updated], loss, Packed.of(aux), changed
+    return [new for new, _ in updated], [new for _, new in updated], loss, packed(aux), changed

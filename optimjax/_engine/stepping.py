@@ -7,7 +7,7 @@ from optimjax._core.containers import own_memory
 from optimjax._core.definition import Definition
 from optimjax._engine.bucket import update_bucket
 from optimjax._engine.handover import Call, Handover, Launch, kinds
-from optimjax._engine.loss import update_from_loss, value_and_grad
+from optimjax._engine.loss import unpacked, update_from_loss, value_and_grad
 from optimjax._engine.loss_call import CallCache, LossArguments, LossCall
 from optimjax._engine.loss_function import LossFunction, LossFunctions
 from optimjax._engine.plan import Planner, distinct
@@ -106,7 +106,7 @@ class Stepper:
             return Launch(program, (2, 3) if donate else (2,), [Call(key, arguments)], commit)
 
         ((_, _, loss, aux, _),) = self.handover.launch(plan)
-        return (loss, aux.tree) if given.has_aux else loss
+        return (loss, unpacked(aux)) if given.has_aux else loss
 
     def call_of(self, groups: Groups, handed: Handed, loss_function: LossFunction, given: LossArguments) -> LossCall:
         """The call of a loss function, taken apart into what is differentiated, traced and static."""

@@ -67,7 +67,7 @@ from optimjax._core.states import registered
 from optimjax._core.tree import check_gradient, flatten_params, match, names
 from optimjax._engine.handover import Call, Launch, kinds
 from optimjax._engine.interned import interned
-from optimjax._engine.loss import Packed, evaluate
+from optimjax._engine.loss import Packed, evaluate, packed, unpacked
 from optimjax._engine.loss_call import CallStructure, LossArguments
 from optimjax._engine.loss_function import takes_no_arguments
 from optimjax._engine.plan import distinct
@@ -401,7 +401,7 @@ def run(
         evaluate_at,
         layout.rounded, problem.line_search_fn, LBFGSState(*state), x, loss, grad, changed, scalars,
     )  # fmt: skip
-    return pinned(list(new), list(problem.pins)), layout.unflatten(x), loss, Packed.of(aux), changed
+    return pinned(list(new), list(problem.pins)), layout.unflatten(x), loss, packed(aux), changed
 
 
 STATE, PARAMS = 1, 2  # positions of its arguments, without the loss function, that may be updated in place
@@ -649,7 +649,7 @@ class LBFGS(Optimizer):
             return Launch(program, donated, [Call((problem, *kinds(call.traced)), arguments)], commit)
 
         ((_, _, loss, aux, _),) = self._stepper.handover.launch(plan)
-        return (loss, aux.tree) if has_aux else loss
+        return (loss, unpacked(aux)) if has_aux else loss
 
     def _layout_of(self, moving: Sequence[Parameter]) -> Layout:
         parameters = self._parameters()

@@ -23,6 +23,7 @@ from optimjax._core.sparse import is_sparse
 from optimjax._core.tree import check_gradient, copied_array, dotted
 from optimjax._engine.handover import Call, Launch, kinds
 from optimjax._engine.interned import interned
+from optimjax._engine.loss import unpacked
 from optimjax._engine.loss_call import LossArguments
 from optimjax._engine.plan import distinct
 from optimjax._engine.state import ParameterState
@@ -198,7 +199,7 @@ class FromOptax(Optimizer):
             return Launch(program, GIVEN_TO_UPDATE_FROM_LOSS[self.donate], [Call(key, arguments)], commit)
 
         ((_, _, loss, aux, _),) = self._stepper.handover.launch(plan)
-        return (loss, aux.tree) if given.has_aux else loss
+        return (loss, unpacked(aux)) if given.has_aux else loss
 
     def _structure(self) -> tuple[list[Parameter], Any]:
         """The parameters that train, in the order of the leaves that optax sees, and the structure that it sees.

@@ -13,7 +13,7 @@ from optimjax._core.foreign import is_variable
 from optimjax._core.reading import ShapeError, slot_array
 from optimjax._core.tree import distinct_names
 from optimjax._engine.handover import Program
-from optimjax._engine.loss import Packed, evaluate
+from optimjax._engine.loss import Packed, evaluate, packed
 from optimjax._engine.loss_call import CallStructure
 from optimjax._params.parameter import Parameter
 from optimjax._storage.placement import pinned, place, sharding_of
@@ -127,7 +127,7 @@ def update_from_loss(
 
     extra = {"value": loss, "grad": problem.tree(grads), "value_fn": value_fn}
     state, params = problem.advanced(state, params, grads, rates, accepted(problem.tx, extra))
-    return state, params, loss, Packed.of(aux), changed
+    return state, params, loss, packed(aux), changed
 
 
 by_gradients = Program(update, static=1)
