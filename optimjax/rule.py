@@ -6,6 +6,7 @@ package as inside.
 
 from optimjax._core.algorithm import factory
 from optimjax._core.contract import Fixed, Flags, Hyper, Moment, Rule, Slot, Square, Weights
+from optimjax._core.guard import Options
 from optimjax._core.hyperparameters import (
     Beta,
     Betas,
@@ -61,6 +62,7 @@ __all__ = [
     "NonNegative",
     "Number",
     "Numeric",
+    "Options",
     "Pair",
     "Rule",
     "Share",

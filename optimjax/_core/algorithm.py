@@ -3,6 +3,7 @@
 Hyperparameters may be numbers, arrays, tracers, schedules or trees of these; here they are resolved for each leaf.
 """
 
+import dataclasses
 import inspect
 import re
 import reprlib
@@ -16,10 +17,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from optimjax._core.apply import apply_each
-from optimjax._core.definition import Definition
+from optimjax._core.definition import UNBOUND, Definition
+from optimjax._core.guard import UNGUARDED, Guard, Limits, counted
 from optimjax._core.hyperparameters import Hyperparameters, Numeric
-from optimjax._core.states import state_class
-from optimjax._core.tree import check_gradient, flatten_params, match, names
+from optimjax._core.states import slots_of, state_class
+from optimjax._core.tree import check_gradient, copied_array, flatten_params, match, names
 from optimjax._storage.placement import place, sharding_of
 
 __all__ = [
@@ -49,6 +51,7 @@ class Algorithm:
     Attributes:
       definition: the rule, and the kinds of its hyperparameters.
       values: the hyperparameters by name, each for all parameters or a tree.
+      guard: the options that hold a step back, ``max_grad_norm`` and ``skip_nonfinite``.
 
     >>> import jax, jax.numpy as jnp
     >>> from optimjax import functional as F
@@ -64,6 +67,7 @@ class Algorithm:
 
     definition: Definition
     values: Mapping[str, Any]
+    guard: Guard = UNGUARDED
 
     def __post_init__(self) -> None:
         for key, value in self.values.items():
@@ -87,8 +91,8 @@ class Algorithm:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Algorithm) or self.definition is not other.definition:
             return NotImplemented
-        return self.values.keys() == other.values.keys() and all(
-            _is_same(value, other.values[name]) for name, value in self.values.items()
+        return _is_same(dict(self.values), dict(other.values)) and _is_same(
+            dict(self.guard.given), dict(other.guard.given)
         )
 
     def __hash__(self) -> int:
@@ -105,6 +109,7 @@ class Algorithm:
             for name, value in self.values.items()
             if name not in usual or not _is_same(value, usual[name])
         )
+        given = [*given, *(f"{name}={_short.repr(value)}" for name, value in self.guard.given.items())]
         return f"{function_name(self.name)}({', '.join(given)})"
 
     def init(self, params: chex.ArrayTree) -> Any:
@@ -114,8 +119,9 @@ class Algorithm:
           params: any pytree of real or complex floating arrays.
 
         Returns:
-          A NamedTuple: ``step``, an int32 scalar that counts updates, then one tree with the structure of ``params``
-          for each array that the algorithm keeps, under PyTorch's names.
+          A NamedTuple: ``step``, an int32 scalar that counts updates, with ``skip_nonfinite`` also ``skipped``, which
+          counts the others, then one tree with the structure of ``params`` for each array that the algorithm keeps,
+          under PyTorch's names.
 
         Raises:
           TypeError: a leaf is not a floating number.
@@ -131,7 +137,11 @@ class Algorithm:
         step = next((place(step, leaf) for leaf in leaves if sharding_of(leaf) is not None), step)
         hypers = _per_leaf(self.hyperparameters, self.values, columns, step, len(leaves))
         slots = [self.definition.slots(param, hyper, flags) for param, hyper in zip(leaves, hypers, strict=True)]
-        return self._packed(self._state_type(leaves, flags), step, treedef, slots)
+        return self._packed(self._state_type(leaves, flags), self._counts(step), treedef, slots)
+
+    def _counts(self, step: Array) -> tuple[Array, ...]:
+        """The first fields of a state before the first update."""
+        return (step, copied_array(step)) if self.guard.skip_nonfinite else (step,)
 
     def update(self, params: Params, grads: Any, state: State, **overrides: Any) -> tuple[Params, State]:
         """One update of every parameter.
@@ -139,7 +149,8 @@ class Algorithm:
         Args:
           params: the parameters.
           grads: their gradients, in the same structure; ``None`` in place of one leaves that parameter and its slots as
-            they are.
+            they are. With ``max_grad_norm`` all together are scaled down to that norm; with ``skip_nonfinite`` nothing
+            changes where one is infinite or NaN, except that the state counts it as ``skipped``.
           state: what :meth:`init` or the last update has returned.
           overrides: numeric hyperparameters for this call.
 
@@ -151,6 +162,12 @@ class Algorithm:
           TypeError: gradients of another kind, another algorithm's state, an unknown override.
           RuntimeError: a gradient is sparse and the algorithm takes dense ones, or the other way round.
         """
+        return self.advanced(params, grads, state, overrides)
+
+    def advanced(
+        self, params: Params, grads: Any, state: State, overrides: Mapping[str, Any], limits: Limits | None = None
+    ) -> tuple[Params, State]:
+        """The same; the limits of the step are known where other parameters share them."""
         rule, known = self.definition.arithmetic, cast(Any, state)
         leaves, treedef = flatten_params(params)
         check_overrides(self.hyperparameters, overrides)
@@ -168,6 +185,7 @@ class Algorithm:
             leaf_name = lambda index=index: _leaf_name(params, index)  # noqa: E731
             check_gradient(leaf_name, leaves[index], grad_leaves[index])
             self.definition.check_layout(grad_leaves[index], leaf_name)
+        limits = self.guard.limits([grad_leaves[index] for index in present]) if limits is None else limits
         step = jnp.asarray(known.step) + 1
         count = step.astype(jnp.result_type(float))  # the rest of the numbers that scalars meet are floating ones, too
         hypers = _per_leaf(self.hyperparameters, values, columns, known.step, len(leaves))
@@ -176,13 +194,22 @@ class Algorithm:
             rule,
             [flags] * len(present),
             [leaves[index] for index in present],
-            [grad_leaves[index] for index in present],
+            limits.clipped([grad_leaves[index] for index in present]),
             [slots[index] for index in present],
             [scalars[id(hypers[index])] for index in present],
+            limits.counts,
         )
         for index, (param, slot) in zip(present, updated, strict=True):
             leaves[index], slots[index] = param, slot
-        return treedef.unflatten(leaves), self._packed(state_type, step, treedef, slots)
+        return treedef.unflatten(leaves), self._packed(state_type, self._counted(known, limits), treedef, slots)
+
+    def _counted(self, state: Any, limits: Limits) -> tuple[Array, ...]:
+        """The first fields of a state after an update."""
+        step = jnp.asarray(state.step)
+        if limits.counts is None:
+            return (step + 1, *([jnp.asarray(state.skipped)] if hasattr(state, "skipped") else []))
+        after = jnp.where(limits.counts, step + 1, step)
+        return (after, counted(state.skipped, limits.counts)) if hasattr(state, "skipped") else (after,)
 
     def _check_together(self, columns: Mapping[str, list[Any]]) -> Any:
         """The flags, or the error for a combination of values that makes no sense."""
@@ -203,12 +230,13 @@ class Algorithm:
         """The NamedTuple of the state: a field for each slot that some of the parameters has."""
         kinds = {(leaf.shape, leaf.dtype) for leaf in leaves}
         some = {field for kind in kinds for field in self.definition.fields(flags, *kind)}
-        return state_class(self.name, tuple(field for field in self.definition.slot_names if field in some))
+        slots = tuple(field for field in self.definition.slot_names if field in some)
+        return state_class(self.name, ("skipped", *slots) if self.guard.skip_nonfinite else slots)
 
-    def _packed(self, state_type: Any, step: Array, treedef: Any, slots: Sequence[Any]) -> Any:
+    def _packed(self, state_type: Any, counts: tuple[Array, ...], treedef: Any, slots: Sequence[Any]) -> Any:
         """The state."""
-        columns = ([getattr(slot, field) for slot in slots] for field in state_type._fields[1:])
-        return state_type(step, *map(treedef.unflatten, columns))
+        columns = ([getattr(slot, field) for slot in slots] for field in slots_of(state_type))
+        return state_type(*counts, *map(treedef.unflatten, columns))
 
     def _unpacked(self, state_type: Any, treedef: Any, state: Any) -> list[Any]:
         """The slots of each parameter."""
@@ -220,7 +248,7 @@ class Algorithm:
                 + plain
                 * "; one that was loaded as plain data becomes it by type(algorithm.init(params))(*state)"
             )
-        columns = {field: treedef.flatten_up_to(getattr(state, field)) for field in state_type._fields[1:]}
+        columns = {field: treedef.flatten_up_to(getattr(state, field)) for field in slots_of(state_type)}
         absent = dict.fromkeys(self.definition.slot_names)
         return [
             self.definition.arithmetic.slots(**absent | {field: column[index] for field, column in columns.items()})
@@ -259,7 +287,8 @@ def factory(cls: Callable[Concatenate[Any, P], Any]) -> Callable[P, Algorithm]:
     optimizer_class: Any = cls
 
     def make(*args: P.args, **kwargs: P.kwargs) -> Algorithm:
-        return optimizer_class._algorithm(optimizer_class.definition.defaults(*args, **kwargs))
+        unbound = optimizer_class(UNBOUND, *args, **kwargs)
+        return dataclasses.replace(optimizer_class._algorithm(unbound.defaults), guard=unbound._guard)
 
     make.__name__ = make.__qualname__ = function_name(optimizer_class.__name__)
     make.__module__ = optimizer_class.__module__

@@ -44,11 +44,15 @@ def apply_each(
     grads: Sequence[Any],
     slots: Sequence[Any],
     scalars: Sequence[Any],
+    counts: Array | None = None,
 ) -> list[tuple[Array, Any]]:
-    """One update of each parameter: new parameters with their new slots."""
+    """One update of each parameter: new parameters with their new slots; the old ones if the update does not count.
+
+    ``counts`` is a scalar that tells; ``None`` if it does in any case.
+    """
     each = flags, params, grads, slots, scalars
     if rule.takes in ("element", "array"):
-        return [apply(rule, *one) for one in zip(*each, strict=True)]
+        return [apply(rule, *one, counts) for one in zip(*each, strict=True)]
     together: defaultdict[Any, list[int]] = defaultdict(list)
     for index, param in enumerate(params):
         # The type of an array is its shape and dtype, and its sharding where that is explicit.
@@ -56,13 +60,15 @@ def apply_each(
     results: list[Any] = [None] * len(params)
     for members in together.values():
         shared, *columns = ([column[index] for index in members] for column in each)
-        for index, *updated in zip(members, *apply(rule, tuple(shared), *columns), strict=True):
+        for index, *updated in zip(members, *apply(rule, tuple(shared), *columns, counts), strict=True):
             results[index] = tuple(updated)
     return results
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "flags"))
-def apply(rule: Rule, flags: Any, param: Any, grad: Any, slots: Any, scalars: Any) -> tuple[Any, Any]:
+def apply(
+    rule: Rule, flags: Any, param: Any, grad: Any, slots: Any, scalars: Any, counts: Array | None = None
+) -> tuple[Any, Any]:
     """One update of one parameter, or of a list of them, as the rule takes them.
 
     Compiled, so that inside a larger program it is traced once for each shape. Arithmetic runs in float32 at least and
@@ -75,12 +81,13 @@ def apply(rule: Rule, flags: Any, param: Any, grad: Any, slots: Any, scalars: An
             flags = flags[0]
     elif is_sparse(grad):
         to_entries = functools.partial(_apply_to_entries, rule, flags)
-        return automatic(to_entries, (param, slots))(param, grad, slots, scalars)
+        return automatic(to_entries, (param, slots))(param, grad, slots, scalars, counts)
     elif rule.takes == "element" and jnp.iscomplexobj(param):
-        return _apply_to_halves(rule, flags, param, grad, slots, scalars)
+        return _apply_to_halves(rule, flags, param, grad, slots, scalars, counts)
     else:
         *wide, flags = _widened(flags, param, grad, slots, scalars)
-    return jax.tree.map(_restored, tuple(rule.update(*wide, flags)), (param, slots))
+    restored = functools.partial(_restored, counts)
+    return jax.tree.map(restored, tuple(rule.update(*wide, flags)), (param, slots))
 
 
 def _widened(flags: Any, param: Array, grad: Array, slots: Any, scalars: Any) -> tuple[Any, ...]:
@@ -101,14 +108,17 @@ def _widened(flags: Any, param: Array, grad: Array, slots: Any, scalars: Any) ->
     return widen(param), grad, jax.tree.map(widen, slots), scalars, flags._replace(param_dtype=param.dtype)
 
 
-def _restored(new: Any, old: Array) -> Array:
+def _restored(counts: Array | None, new: Any, old: Array) -> Array:
     """A result in the dtype of what it replaces and, where that is part of its type, with its sharding."""
     if np.shape(new) != old.shape:
         raise ValueError(f"update has returned an array of shape {np.shape(new)} for one of shape {old.shape}")
-    return resharded(jnp.asarray(new).astype(old.dtype), explicit(old))
+    new = resharded(jnp.asarray(new).astype(old.dtype), explicit(old))
+    return new if counts is None else jnp.where(counts, new, old)
 
 
-def _apply_to_halves(rule: Rule, flags: Any, param: Array, grad: Array, slots: Any, scalars: Any) -> tuple[Any, Any]:
+def _apply_to_halves(
+    rule: Rule, flags: Any, param: Array, grad: Array, slots: Any, scalars: Any, counts: Array | None
+) -> tuple[Any, Any]:
     """Update the real and the imaginary part of a complex parameter side by side, as PyTorch sees it.
 
     `jax.grad` returns the conjugate of PyTorch's gradient. Slots that are real all the same (a count, a product of
@@ -122,6 +132,7 @@ def _apply_to_halves(rule: Rule, flags: Any, param: Array, grad: Array, slots: A
             part(jnp.conj(grad)),
             jax.tree.map(lambda slot, part=part: part(slot) if jnp.iscomplexobj(slot) else slot, slots),
             scalars,
+            counts,
         )
         for part in (jnp.real, jnp.imag)
     )
@@ -129,14 +140,16 @@ def _apply_to_halves(rule: Rule, flags: Any, param: Array, grad: Array, slots: A
     return jax.tree.map(join, (param, slots), (real, real_slots), (imag, imag_slots))
 
 
-def _apply_to_entries(rule: Rule, flags: Any, param: Array, grad: Any, slots: Any, scalars: Any) -> tuple[Any, Any]:
+def _apply_to_entries(
+    rule: Rule, flags: Any, param: Array, grad: Any, slots: Any, scalars: Any, counts: Array | None
+) -> tuple[Any, Any]:
     """Update the entries that a sparse gradient names. Nothing else is read: the cost grows with them alone.
 
     Slots of another shape than the parameter's, such as a count, are handed over whole.
     """
     entries = Entries(grad)
     taken = jax.tree.map(lambda slot: entries.take(slot) if slot.shape == param.shape else slot, slots)
-    new, new_slots = apply(rule, flags, entries.take(param), entries.values, taken, scalars)
+    new, new_slots = apply(rule, flags, entries.take(param), entries.values, taken, scalars, counts)
 
     def put(old: Array, new: Array) -> Array:
         return entries.put(old, new) if old.shape == param.shape else new

@@ -2,16 +2,16 @@
 
 import keyword
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import jax
-import jax.numpy as jnp
 
 from optimjax._core.algorithm import Algorithm, Params, State, check_order
 from optimjax._core.definition import Definition
+from optimjax._core.guard import Guard, Options
 from optimjax._core.hyperparameters import Hyperparameters
 from optimjax._core.states import state_class
-from optimjax._core.tree import copied_array, flatten_params, match, names
+from optimjax._core.tree import check_gradient, copied_array, flatten_params, match, names
 
 __all__ = ["Partition", "partition"]
 
@@ -29,6 +29,11 @@ class Partition(Algorithm):
                 raise TypeError(f"the algorithm of label {label!r} must be made by optim.functional, got {algorithm!r}")
             if isinstance(algorithm, Partition):
                 raise ValueError(f"the algorithm of label {label!r} is a partition: give its algorithms labels here")
+            if algorithm.guard.given:
+                raise ValueError(
+                    f"{', '.join(algorithm.guard.given)} of label {label!r} is an option of the whole step: give it to "
+                    "the partition"
+                )
             if type(algorithm) is not Algorithm:
                 raise ValueError(f"{algorithm.name} cannot be a part of a partition: it has no rule for one parameter")
 
@@ -38,10 +43,11 @@ class Partition(Algorithm):
         return self.values["algorithms"]
 
     def __repr__(self) -> str:
-        return f"partition({dict(self.algorithms)!r}, {self.values['labels']!r})"
+        options = "".join(f", {name}={value!r}" for name, value in self.guard.given.items())
+        return f"partition({dict(self.algorithms)!r}, {self.values['labels']!r}{options})"
 
     def init(self, params: Any) -> Any:
-        """The state before the first update: ``step``, then for each label the state of its algorithm."""
+        """The state before the first update: counts, then for each label the state of its algorithm."""
         leaves, treedef = flatten_params(params)
         positions = self._positions(params)
         states = [
@@ -49,7 +55,7 @@ class Partition(Algorithm):
             for label, algorithm in self.algorithms.items()
         ]
         # A step of its own, because a state may be donated.
-        return self.state_class(copied_array(states[0].step), *states)
+        return self.state_class(*self._counts(copied_array(states[0].step)), *states)
 
     def update(self, params: Params, grads: Any, state: State, **overrides: Any) -> tuple[Params, State]:
         """One update of every parameter; an override is a dict for a label, ``muon={"lr": 0.1}``."""
@@ -64,24 +70,29 @@ class Partition(Algorithm):
         self._check_overrides(overrides)
         gradients = match(treedef, grads, lambda: names(params))
         positions = self._positions(params)
+        for index, grad in enumerate(gradients):  # before they are measured
+            if grad is not None:
+                check_gradient(lambda index=index: names(params)[index] or "params", leaves[index], grad)
+        limits = self.guard.limits([grad for grad in gradients if grad is not None])
         updated: list[Any] = list(leaves)
         states = []
         for label, algorithm in self.algorithms.items():
-            new, new_state = algorithm.update(
+            new, new_state = algorithm.advanced(
                 treedef.unflatten(_only(positions[label], leaves)),
                 treedef.unflatten(_only(positions[label], gradients)),
                 getattr(known, label),
-                **overrides.get(label, {}),
+                overrides.get(label, {}),
+                limits,
             )
             states.append(new_state)
             for position, leaf in zip(positions[label], jax.tree.leaves(new), strict=True):
                 updated[position] = leaf
-        return treedef.unflatten(updated), self.state_class(jnp.asarray(known.step) + 1, *states)
+        return treedef.unflatten(updated), self.state_class(*self._counted(known, limits), *states)
 
     @property
     def state_class(self) -> Any:
         """The NamedTuple of the state."""
-        return state_class("Partition", tuple(self.algorithms))
+        return state_class("Partition", ("skipped",) * bool(self.guard.skip_nonfinite) + tuple(self.algorithms))
 
     def _positions(self, params: Any) -> dict[str, list[int]]:
         """Which leaves each label has.
@@ -132,7 +143,9 @@ class Partition(Algorithm):
 Partition.definition = Definition(Partition, None, Hyperparameters(object, object), ())
 
 
-def partition(algorithms: Mapping[str, Algorithm], labels: Callable[[str, Any], str] | Any) -> Algorithm:
+def partition(
+    algorithms: Mapping[str, Algorithm], labels: Callable[[str, Any], str] | Any, **options: Unpack[Options]
+) -> Algorithm:
     """Several algorithms as one :class:`optimjax.functional.Algorithm`, each for the parameters of one label.
 
     The state has ``step`` and a field for each label: the state of that algorithm, with ``None`` in place of the other
@@ -141,12 +154,13 @@ def partition(algorithms: Mapping[str, Algorithm], labels: Callable[[str, Any], 
     Args:
       algorithms: by label; a label is an identifier.
       labels: a tree of labels that is a prefix of the parameters, or a function ``(dotted name, value) -> label``.
+      options: ``max_grad_norm`` and ``skip_nonfinite``, for all parameters together; see :class:`optimjax.Optimizer`.
 
     A tree of values of a hyperparameter, such as ``lr={"hidden": 0.1, "bias": None}``, is one for all parameters, too.
 
     Raises:
-      ValueError: no algorithm, or one without a rule for one parameter (LBFGS); at ``init``, a label without
-        parameters, a parameter without a label, or labels of another structure.
+      ValueError: no algorithm, or one without a rule for one parameter (LBFGS), or with options of the whole step; at
+        ``init``, a label without parameters, a parameter without a label, or labels of another structure.
       TypeError: what is not an algorithm.
 
     >>> import jax.numpy as jnp
@@ -161,13 +175,13 @@ def partition(algorithms: Mapping[str, Algorithm], labels: Callable[[str, Any], 
     >>> print(state.step, state.muon.momentum_buffer["bias"], state.adamw.exp_avg["bias"])
     1 None [0. 0.]
     """
-    return Partition(Partition.definition, {"algorithms": dict(algorithms), "labels": labels})
+    return Partition(Partition.definition, {"algorithms": dict(algorithms), "labels": labels}, Guard(**options))
 
 
 def _is_legal(label: Any) -> bool:
     """Whether a field of the state, and an argument of ``update``, can have this name."""
     is_name = isinstance(label, str) and label.isidentifier() and not keyword.iskeyword(label)
-    return is_name and not label.startswith("_") and label != "step"
+    return is_name and not label.startswith("_") and label not in ("step", "skipped")
 
 
 def _only(positions: Sequence[int], values: Sequence[Any]) -> list[Any]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import jax
 
-__all__ = ["is_registered", "named_state", "registered", "state_class"]
+__all__ = ["is_registered", "named_state", "registered", "slots_of", "state_class"]
 
 Class = TypeVar("Class", bound=type)
 _registered: dict[tuple[str, tuple[str, ...]], Any] = {}
@@ -25,6 +25,11 @@ def registered(cls: Class) -> Class:
 def is_registered(cls: Any) -> bool:
     """Whether this named tuple can be found by its name and fields."""
     return _registered.get((cls.__name__, cls._fields)) is cls
+
+
+def slots_of(state: Any) -> tuple[str, ...]:
+    """The fields of an algorithm's state, or of its class, that are not counts."""
+    return tuple(name for name in state._fields if name not in ("step", "skipped"))
 
 
 @functools.cache

@@ -12,9 +12,11 @@ from jax.core import Tracer
 from optimjax._core.apply import apply_each
 from optimjax._core.contract import Rule
 from optimjax._core.definition import Definition, as_number
+from optimjax._core.guard import Limits
 from optimjax._engine.handover import Handover, Program, kind
 from optimjax._engine.interned import interned
 from optimjax._engine.state import ParameterState, Place, Store
+from optimjax._engine.watch import scalars_at
 from optimjax._params.parameter import Parameter
 from optimjax._storage.placement import canonical, pin, pinned
 
@@ -79,7 +81,7 @@ class StepStructure:
 
 
 def update_each(
-    structure: BucketStructure, slots: Any, params: Any, grads: Any, rows: Any
+    structure: BucketStructure, slots: Any, params: Any, grads: Any, rows: Any, limits: Limits
 ) -> tuple[list[list[Array]], list[Array]]:
     """New slots, as lists of arrays, and new parameters.
 
@@ -91,9 +93,10 @@ def update_each(
         structure.rule,
         [structure.flags[row] for row in structure.rows],
         params,
-        grads,
+        limits.clipped(grads),
         [treedef.unflatten(leaves) for treedef, leaves in zip(structure.slots, slots, strict=True)],
         [scalars[row] for row in structure.rows],
+        limits.counts,
     )
     new_slots, new_params = [jax.tree.leaves(slot) for _, slot in results], [param for param, _ in results]
     pins = [list(slots) for _, slots in structure.pins], [param for param, _ in structure.pins]
@@ -115,11 +118,17 @@ class Bucket:
     """
 
     def __init__(
-        self, handover: Handover, definition: Definition, scalars: Any, members: Sequence[Member], shared: bool
+        self,
+        handover: Handover,
+        definition: Definition,
+        scalars: Any,
+        members: Sequence[Member],
+        shared: bool,
+        skipped: Any,
     ):
         self.parameters = [member.parameter for member in members]
         self.values = [member.value for member in members]
-        self.store = Store(handover, definition, [member.slots for member in members])
+        self.store = Store(handover, definition, [member.slots for member in members], skipped)
         self._entries = [member.state for member in members]
         self._places = [
             Place(self.store, index, member.flags, member.value.shape, member.step)
@@ -159,9 +168,14 @@ class Bucket:
 
     def scalars(self, hypers: Sequence[Any], known: dict[tuple[int, int], Any]) -> Any:
         """The rows of scalars for the next step, as one array; ``known`` collects those of a group and a count."""
-        rows = []
+        store, rows = self.store, []
+        if not isinstance(store.before, int):
+            tried = [step + store.steps + 1 for _, step in self._rows]
+            which = [hypers[group] for group, _ in self._rows]
+            rows = list(zip(tried, which, self.structure.flags, strict=True))
+            return scalars_at(store.definition, rows, store.skipped, store.before)
         for group, step in self._rows:
-            key = group, step + self.store.steps + 1
+            key = group, step + store.steps + 1
             if key not in known:
                 known[key] = list(map(as_number, self.structure.rule.scalars(key[1], hypers[group])))
             rows.append(known[key])
@@ -170,16 +184,24 @@ class Bucket:
         return np.array(rows)
 
     def commit(
-        self, slots: list[Any], params: list[Array], steps: int, state: MutableMapping[Parameter, ParameterState]
+        self,
+        slots: list[Any],
+        params: list[Array],
+        steps: int,
+        skipped: Any,
+        state: MutableMapping[Parameter, ParameterState],
     ) -> list[tuple[Any, str, Any]]:
-        """Write the results of the program into the parameters; ``steps`` are done then.
+        """Write the results of the program into the parameters; ``steps`` are tried then, and so many skipped.
 
         Returns:
           What remains to be set, see :class:`optimjax._engine.handover.Launch`.
         """
         for parameter, param in zip(self.parameters, params, strict=True):
             parameter._write(param)
-        remaining = [(self.store, "slots", slots), (self.store, "steps", steps), (self, "values", params)]
+        store = self.store
+        remaining = [
+            (store, "slots", slots), (store, "steps", steps), (store, "skipped", skipped), (self, "values", params)
+        ]  # fmt: skip
         if self._committed and self.store.whole:
             return remaining
         # The first time; or somebody has looked at the slots before the program, which left them alone, has returned.

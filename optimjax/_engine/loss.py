@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from optimjax._core.guard import Guard, Limits
 from optimjax._core.numerics import widened
 from optimjax._engine.bucket import StepStructure, update_each
 from optimjax._engine.loss_call import CallStructure
@@ -138,10 +139,12 @@ def update_from_loss(
     loss_fn: Callable[..., Any],
     call: CallStructure,
     step: StepStructure,
+    skips: bool,
     slots: list[Any],
     differentiated: Any,
     traced: Any,
     rows: list[Any],
+    limit: Any,
 ) -> Any:
     """Value, gradient and update in one program.
 
@@ -149,19 +152,31 @@ def update_from_loss(
       loss_fn: the loss function.
       call: of it.
       step: the structure of the buckets, and which of the parameters are in each.
+      skips: whether a step whose gradients are not finite changes nothing.
       slots: of each bucket.
       differentiated: the arrays of parameters.
       traced: the other arrays of the call.
       rows: of each bucket, its scalars.
+      limit: the largest norm of all gradients, or ``None``.
 
     Returns:
-      The slots of each bucket, the parameters of each bucket, the loss and what comes with it, packed, and what it has
-      changed in modules. The slots come first, see :func:`optimjax._engine.bucket.update_each`.
+      The slots of each bucket, the parameters of each bucket, the loss and what comes with it, packed, what it has
+      changed in modules, the norm and whether the step counts. The slots come first, see
+      :func:`optimjax._engine.bucket.update_each`.
     """
     loss, aux, changed, written, grads = evaluate(loss_fn, call, differentiated, traced)
-    params = [written.get(index, param) for index, param in enumerate(differentiated)]
+    limits = Guard(limit, skips).limits(grads)
+    params = [_unless_skipped(written.get(index), param, limits) for index, param in enumerate(differentiated)]
     updated = [
-        update_each(bucket, kept, [params[i] for i in positions], [grads[i] for i in positions], row)
+        update_each(bucket, kept, [params[i] for i in positions], [grads[i] for i in positions], row, limits)
         for bucket, positions, kept, row in zip(step.buckets, step.positions, slots, rows, strict=True)
     ]
-    return [new for new, _ in updated], [new for _, new in updated], loss, packed(aux), changed
+    new_slots, new_params = [new for new, _ in updated], [new for _, new in updated]
+    return new_slots, new_params, loss, packed(aux), changed, limits.norm, limits.counts
+
+
+def _unless_skipped(written: Array | None, param: Array, limits: Limits) -> Array:
+    """What a loss has written into a parameter, if it has and the step counts."""
+    if written is None:
+        return param
+    return written if limits.counts is None else jnp.where(limits.counts, written, param)

@@ -277,7 +277,11 @@ def _check_divides(arguments: Any, roles: Sequence[Leaf], parts: int, before: in
     for (path, leaf), (role, _) in zip(leaves, roles, strict=True):
         if role is Role.TRACED and np.ndim(leaf) and np.shape(leaf)[0] % parts:
             by_name, first, *rest = path
-            name = dotted((first, *rest)) if by_name.idx else f"args[{first.idx - before}]{jax.tree_util.keystr(rest)}"
+            name = (
+                dotted((first, *rest))
+                if by_name.idx
+                else f"args[{first.idx - before}]{jax.tree_util.keystr(tuple(rest))}"
+            )
             raise ValueError(
                 f"{name} of the loss function has the shape {tuple(np.shape(leaf))}, whose first axis cannot be "
                 f"divided into {parts} micro-batches: an array that is not a batch belongs to the model"

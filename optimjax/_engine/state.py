@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import Array
+from jax.core import Tracer
 
 from optimjax._core.definition import Definition
 from optimjax._engine.handover import Handover
@@ -118,17 +119,20 @@ class Store:
       definition: whose slots they are.
       structures: of the slots of each parameter.
       slots: for each parameter its slots, a list of arrays; ``None`` where somebody has taken them.
-      steps: updates done here.
+      steps: updates tried here.
+      before, skipped: how many updates the optimizer had skipped before the first of these, and after the last one.
+        Integers; or scalar arrays, which nobody has waited for.
       whole: whether what a step is going to start from is still what it was.
     """
 
-    __slots__ = ("definition", "handover", "slots", "steps", "structures", "whole")
+    __slots__ = ("before", "definition", "handover", "skipped", "slots", "steps", "structures", "whole")
 
-    def __init__(self, handover: Handover, definition: Definition, slots: Sequence[Any]):
+    def __init__(self, handover: Handover, definition: Definition, slots: Sequence[Any], skipped: Any = 0):
         self.handover, self.definition = handover, definition
         self.structures = tuple(map(jax.tree.structure, slots))
         self.slots: list[list[Array] | None] = [jax.tree.leaves(slot) for slot in slots]
         self.steps = 0
+        self.before = self.skipped = skipped
         self.whole = True
 
 
@@ -152,17 +156,24 @@ class Place(NamedTuple):
 
     @property
     def step(self) -> int:
-        """Updates done."""
-        return self.start + self.store.steps
+        """Updates done; where some may have been skipped, this waits for the last one."""
+        tried = self.start + self.store.steps
+        if self.store.skipped is self.store.before:
+            return tried
+        skipped = self.store.skipped - self.store.before
+        return tried - (skipped if isinstance(skipped, Tracer) else int(skipped))
 
     def entries(self) -> dict[str, Any]:
         """Slots and count, as PyTorch's state has them."""
-        return self.store.definition.entries(self.slots, self.step)
+        step = self.step
+        if not self.store.definition.arithmetic.counts_steps and not isinstance(step, Tracer) and step == 0:
+            return {}  # where PyTorch keeps no count, the slots say that there was an update
+        return self.store.definition.entries(self.slots, step)
 
     def names(self) -> Iterable[str]:
         """The names of the entries."""
         structure = self.store.structures[self.position]
-        return self.store.definition.entries(structure.unflatten(range(structure.num_leaves)), self.step).keys()
+        return self.store.definition.entries(structure.unflatten(range(structure.num_leaves)), 0).keys()
 
     def left(self) -> list[tuple[Any, str, Any]]:
         """What has to be set once the slots are elsewhere, so that they are not updated in place here."""

@@ -5,12 +5,15 @@ from typing import Any
 
 from optimjax._core.containers import own_memory
 from optimjax._core.definition import Definition
+from optimjax._core.guard import Guard
 from optimjax._engine.bucket import update_bucket
-from optimjax._engine.handover import Call, Handover, Launch, kinds
+from optimjax._engine.handover import Call, Handover, Launch, kind, kinds
 from optimjax._engine.loss import unpacked, update_from_loss, value_and_grad
 from optimjax._engine.loss_call import CallCache, LossArguments, LossCall
 from optimjax._engine.loss_function import LossFunction, LossFunctions
 from optimjax._engine.plan import Planner, distinct
+from optimjax._engine.selections import measure
+from optimjax._engine.watch import Watch
 from optimjax._params.handed import Handed, name_of
 from optimjax._params.parameter import Parameter
 
@@ -63,15 +66,22 @@ class Stepper:
         groups: Groups,
         state: MutableMapping[Parameter, Any],
         gradients: Callable[[], Iterable[tuple[Parameter, Any]]],
+        guard: Guard,
+        watch: Watch,
         donate: bool,
     ) -> None:
         """Update the parameters that have a gradient; the gradients are asked for each time the step is planned."""
 
         def plan() -> Launch:
             grads = {parameter: own_memory(grad) for parameter, grad in gradients() if grad is not None}
-            plan, rows = self.planner.planned(groups, state, grads)
-            calls = plan.calls(grads, rows, donate)
-            return Launch(update_bucket, (1, 2) if donate else (1,), calls, plan.commit(state))
+            plan, rows = self.planner.planned(groups, state, grads, _skipped(guard, watch))
+            limits = guard.limits(list(grads.values()), measure)
+            calls, take = plan.calls(grads, rows, donate, limits), plan.commit(state, watch)
+
+            def commit(results: list[Any]) -> list[tuple[Any, str, Any]]:
+                return take(results, limits.norm, limits.counts)
+
+            return Launch(update_bucket, (1, 2) if donate else (1,), calls, commit)
 
         self.handover.launch(plan)
 
@@ -82,30 +92,32 @@ class Stepper:
         handed: Handed,
         loss_fn: Any,
         given: LossArguments,
+        guard: Guard,
+        watch: Watch,
         donate: bool,
     ) -> Any:
         """Value, gradient and update in one program; return ``loss``, or ``(loss, aux)``."""
         loss_function = self.losses(loss_fn)
-        program = loss_function.program(update_from_loss, static=2)
+        program = loss_function.program(update_from_loss, static=3)
 
         def plan() -> Launch:
             call = self.call_of(groups, handed, loss_function, given)
             grads = dict(zip(call.parameters, call.differentiated, strict=True))  # which have their shapes
-            plan, rows = self.planner.planned(groups, state, grads, together=True)
+            plan, rows = self.planner.planned(groups, state, grads, _skipped(guard, watch), together=True)
             slots = [bucket.store.slots for bucket in plan.buckets]
             params = distinct(call.differentiated, call.traced) if donate else call.differentiated
-            take = plan.commit(state)
+            take, limit, skips = plan.commit(state, watch), guard.limit, bool(guard.skip_nonfinite)
 
             def commit(results: list[Any]) -> list[tuple[Any, str, Any]]:
-                ((new_slots, new_params, _, _, changed),) = results
+                ((new_slots, new_params, _, _, changed, norm, counts),) = results
                 call.write_back(changed)
-                return take(list(zip(new_slots, new_params, strict=True)))
+                return take(list(zip(new_slots, new_params, strict=True)), norm, counts)
 
-            key = call.structure, plan.structure, *kinds(call.traced)
-            arguments = call.structure, plan.structure, slots, params, call.traced, rows
-            return Launch(program, (2, 3) if donate else (2,), [Call(key, arguments)], commit)
+            key = call.structure, plan.structure, skips, kind(limit), *kinds(call.traced)
+            arguments = call.structure, plan.structure, skips, slots, params, call.traced, rows, limit
+            return Launch(program, (3, 4) if donate else (3,), [Call(key, arguments)], commit)
 
-        ((_, _, loss, aux, _),) = self.handover.launch(plan)
+        ((_, _, loss, aux, *_),) = self.handover.launch(plan)
         return (loss, unpacked(aux)) if given.has_aux else loss
 
     def call_of(self, groups: Groups, handed: Handed, loss_function: LossFunction, given: LossArguments) -> LossCall:
@@ -124,6 +136,11 @@ class Stepper:
     def variables(self, groups: Groups, handed: Handed, loss_fn: Any, given: LossArguments) -> list[Any]:
         """The variables of modules that a loss may change."""
         return self.call_of(groups, handed, self.losses(loss_fn), given).variables
+
+
+def _skipped(guard: Guard, watch: Watch) -> Any:
+    """How many steps were skipped so far; ``None`` where the next one cannot be."""
+    return watch.skipped if guard.skip_nonfinite else None
 
 
 def _check_found(found: Sequence[Parameter], groups: Groups, given: Handed | None) -> None:

@@ -1,34 +1,29 @@
 """Clipping gradients: pure functions over trees, and PyTorch's functions over ``Parameter.grad``.
 
-All gradients of a call go through one compiled program. Ever new selections of gradients must not compile without end,
-so only the first :data:`SELECTIONS` of them have a program each; later ones share programs that take a few gradients of
-one shape.
+All gradients of a call go through one compiled program, or a few: see :mod:`optimjax._engine.selections`.
 """
 
 import functools
 import math
 import types
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.core import Tracer
 
-from optimjax._core.numerics import at_least_float32, widened
-from optimjax._core.sparse import Entries, coalesced, is_sparse, over_values
+from optimjax._core.norms import root_of, scalar_limit, scaled_by, sum_of_powers
+from optimjax._core.numerics import widened
+from optimjax._core.sparse import coalesced, is_sparse, over_values
 from optimjax._core.tree import dotted, is_inexact_array, kind_of
+from optimjax._engine.selections import has_program, in_portions, norm_in_portions, portions
 from optimjax._facade.optimizer import Optimizer
 from optimjax._params.parameter import Parameter
 
 __all__ = ["clip_grad_norm", "clip_grad_norm_", "clip_grad_value", "clip_grad_value_"]
-
-SELECTIONS = 64  # of gradients, that have a compiled program of their own
-PORTION = 64  # gradients of one shape that a shared program takes at most
 
 
 def clip_grad_norm(grads: Any, max_norm: Any, norm_type: float = 2.0) -> tuple[Any, Array]:
@@ -59,7 +54,7 @@ def clip_grad_norm(grads: Any, max_norm: Any, norm_type: float = 2.0) -> tuple[A
     >>> print(norm, grads["w"].round(3))
     5.0 [0.6 0.8]
     """
-    limit, order = _limit("max_norm", max_norm), _order(norm_type)
+    limit, order = scalar_limit("max_norm", max_norm), _order(norm_type)
     leaves, treedef = _gradients(grads, "clip_grad_norm")
     clipped, total = _norm_clipped(leaves, limit, order)
     return treedef.unflatten(clipped), total
@@ -84,7 +79,7 @@ def clip_grad_value(grads: Any, clip_value: Any) -> Any:
     >>> print(optim.clip_grad_value({"w": jnp.array([3.0, -0.5])}, 1.0)["w"])
     [ 1.  -0.5]
     """
-    limit = _limit("clip_value", clip_value)
+    limit = scalar_limit("clip_value", clip_value)
     leaves, treedef = _gradients(grads, "clip_grad_value")
     return treedef.unflatten(_value_clipped(leaves, limit))
 
@@ -115,7 +110,7 @@ def clip_grad_norm_(
     >>> print(optim.clip_grad_norm_([w], max_norm=1.0), w.grad.round(3))
     5.0 [0.6 0.8]
     """
-    limit, order = _limit("max_norm", max_norm), _order(norm_type)
+    limit, order = scalar_limit("max_norm", max_norm), _order(norm_type)
     present = _with_gradient(parameters)
     clipped, total = _norm_clipped([parameter.grad for parameter in present], limit, order)
     if error_if_nonfinite and not math.isfinite(float(total)):
@@ -148,7 +143,7 @@ def clip_grad_value_(
     >>> print(w.grad)
     [ 1.  -0.5]
     """
-    limit = _limit("clip_value", clip_value)
+    limit = scalar_limit("clip_value", clip_value)
     present = _with_gradient(parameters)
     _set_gradients(present, _value_clipped([parameter.grad for parameter in present], limit))
 
@@ -159,132 +154,28 @@ def clip_grad_value_(
 def _norm_clipped(grads: list[Any], limit: Any, order: float) -> tuple[list[Any], Array]:
     if not grads:
         return [], jnp.zeros(())
-    if _has_program(grads, limit):
+    if has_program(grads, limit):
         return _norm_clipped_together(grads, limit, order)
-    portions = _portions(grads)
-    power: Any = np.zeros((), np.result_type(*(_real(grad) for grad in grads)))
-    for positions in portions:
-        power = _accumulated(power, [grads[i] for i in positions], order)
-    total = _root(power, order)
-    return _in_portions(portions, lambda portion: _scaled(portion, limit, total), grads), total
+    parts = portions(grads)
+    total = norm_in_portions(grads, parts, order)
+    return in_portions(parts, lambda portion: _scaled(portion, limit, total), grads), total
 
 
 def _value_clipped(grads: list[Any], limit: Any) -> list[Any]:
     if not grads:
         return []
-    if _has_program(grads, limit):
+    if has_program(grads, limit):
         return _clamped(grads, limit)
-    return _in_portions(_portions(grads), lambda portion: _clamped(portion, limit), grads)
-
-
-_seen: set[Any] = set()  # the selections of gradients that have a program of their own
-
-
-def _has_program(grads: list[Any], limit: Any) -> bool:
-    """Whether these gradients go into one program: always while JAX traces, which compiles what is around."""
-    leaves = jax.tree.leaves(grads)
-    if any(isinstance(leaf, Tracer) for leaf in (limit, *leaves)):
-        return True
-    selection = tuple(map(_kind, leaves))
-    if len(_seen) < SELECTIONS:
-        _seen.add(selection)
-    return selection in _seen
-
-
-def _kind(leaf: Any) -> Any:
-    return leaf.aval if isinstance(leaf, jax.Array) else (leaf.shape, leaf.dtype)
-
-
-def _portions(grads: Sequence[Any]) -> list[list[int]]:
-    """Positions of gradients that compile alike, 64, 32, ..., 2 or 1 at a time: seven programs for a shape."""
-    alike: defaultdict[Any, list[int]] = defaultdict(list)
-    for position, grad in enumerate(grads):
-        alike[jax.tree.structure(grad), *map(_kind, jax.tree.leaves(grad))].append(position)
-    result, size = [], PORTION
-    while size:
-        for positions in alike.values():
-            while len(positions) >= size:
-                result.append(positions[:size])
-                del positions[:size]
-        size //= 2
-    return result
-
-
-def _in_portions(portions: list[list[int]], function: Callable[[list[Any]], list[Any]], grads: list[Any]) -> list[Any]:
-    result = list(grads)
-    for positions in portions:
-        for position, grad in zip(positions, function([grads[i] for i in positions]), strict=True):
-            result[position] = grad
-    return result
-
-
-def _sum_of_powers(grads: Sequence[Any], order: float) -> Array:
-    """The sum of absolute values to the power of the order; of infinite order their maximum."""
-    powers = [_powers(grad, order) for grad in grads]
-    dtype = np.result_type(*(power.dtype for power in powers))
-    return functools.reduce(_plus(order), (power.astype(dtype) for power in powers))
-
-
-def _plus(order: float) -> Callable[[Array, Array], Array]:
-    return jnp.maximum if order == float("inf") else jnp.add
-
-
-def _powers(grad: Any, order: float) -> Array:
-    values = widened(Entries(grad).values if is_sparse(grad) else grad)
-    if order == float("inf"):
-        return jnp.max(_absolute(values), initial=0)
-    power = int(order) if order.is_integer() else order  # whole powers are products
-    if order < 1:
-        return jnp.sum(_flat_at_zero(lambda x: _absolute(x) ** power, values))
-    return jnp.sum(_absolute(values) ** power)
-
-
-def _absolute(x: Array) -> Array:
-    """Absolute values with derivative 0 at 0. To choose elements here would make sums ten times slower on a CPU."""
-    return jnp.abs(x) if jnp.iscomplexobj(x) else x * jnp.sign(x)
-
-
-def _root_of(power: Array, order: float) -> Array:
-    """The norm of all gradients as one vector."""
-    if order == float("inf"):
-        return power
-    return _flat_at_zero(lambda x: jnp.sqrt(x) if order == 2 else x ** (1 / order), power)
-
-
-def _flat_at_zero(function: Callable[[Array], Array], x: Array) -> Array:
-    """A function that is 0 at 0, with the derivative 0 there, where its own is infinite."""
-    some = x != 0
-    return jnp.where(some, function(jnp.where(some, x, 1)), 0)
-
-
-def _times(scale: Array, grad: Array) -> Array:
-    wide = widened(grad)
-    scale = scale.astype(_real(grad))
-    if jnp.iscomplexobj(grad):
-        return jax.lax.complex(jnp.real(wide) * scale, jnp.imag(wide) * scale)
-    return (wide * scale).astype(grad.dtype)
-
-
-def _scaled_by(grads: Sequence[Any], limit: Array, norm: Array) -> list[Any]:
-    # Within bounds it is 1. As min(max_norm / enough, 1) it would have no derivative for max_norm=inf.
-    enough = norm + 1e-6
-    scale = jnp.minimum(limit.astype(norm.dtype), enough) / enough
-    return [over_values(functools.partial(_times, scale), grad) for grad in grads]
+    return in_portions(portions(grads), lambda portion: _clamped(portion, limit), grads)
 
 
 @functools.partial(jax.jit, static_argnames="order")
 def _norm_clipped_together(grads: list[Any], limit: Array, order: float) -> tuple[list[Any], Array]:
-    total = _root_of(_sum_of_powers(grads, order), order)
-    return _scaled_by(grads, limit, total), total
+    total = root_of(sum_of_powers(grads, order), order)
+    return scaled_by(grads, limit, total), total
 
 
-@functools.partial(jax.jit, static_argnames="order")
-def _accumulated(power: Array, grads: list[Any], order: float) -> Array:
-    return _plus(order)(power, _sum_of_powers(grads, order).astype(power.dtype))
-
-
-_root = functools.partial(jax.jit, static_argnames="order")(_root_of)
-_scaled = jax.jit(_scaled_by)
+_scaled = jax.jit(scaled_by)
 
 
 @jax.jit
@@ -297,11 +188,6 @@ def _clamped(grads: list[Any], limit: Array) -> list[Any]:
         return jnp.clip(wide, -bound, bound).astype(grad.dtype)
 
     return [over_values(clamp, coalesced(grad)) for grad in grads]
-
-
-def _real(grad: Any) -> Any:
-    """The real dtype to compute in."""
-    return at_least_float32(jnp.finfo(grad.dtype).dtype)
 
 
 # --- What is handed in ----------------------------------------------------------------------------------------------
@@ -317,25 +203,6 @@ def _order(norm_type: Any) -> float:
     if not order > 0:
         raise ValueError(f"Invalid norm_type: {norm_type!r}: it must be a positive number")
     return order
-
-
-def _limit(name: str, value: Any) -> Any:
-    """The limit as one kind of scalar, since each kind would compile a program of its own."""
-    number = isinstance(value, (int, float)) or (
-        isinstance(value, (np.generic, np.ndarray, jax.Array))
-        and (jnp.issubdtype(value.dtype, jnp.number) or value.dtype == bool)
-        and not jnp.issubdtype(value.dtype, jnp.complexfloating)
-    )
-    if not number or np.shape(value):
-        raise TypeError(f"{name} must be a number or a scalar array, and real, got {value!r}")
-    if isinstance(value, jax.Array):
-        wanted = value.dtype == jnp.result_type(float) and not value.weak_type
-        if isinstance(value, Tracer) or wanted or not value.is_fully_addressable:
-            return value
-    try:
-        return np.float64(value)
-    except OverflowError:
-        raise ValueError(f"{name} must be a number that fits into a float, got {value!r}") from None
 
 
 def _with_gradient(parameters: Any) -> list[Parameter]:

@@ -15,6 +15,7 @@ from optimjax._core.definition import Definition, of_group
 from optimjax._core.hyperparameters import Ignored, Numeric
 from optimjax._core.partition import Partition, partition
 from optimjax._core.reading import read_slot
+from optimjax._core.states import slots_of
 from optimjax._core.tree import copied_array, dotted
 from optimjax._engine.state import ParameterState
 from optimjax._params.handed import Handed, name_of
@@ -83,7 +84,7 @@ def _parts(own: Definition, groups: Groups) -> dict[str, Part]:
 def _legal_label(name: str) -> str:
     """The name of a function as the name of a field of a state."""
     name = name.lstrip("_")
-    return f"{name}_" if keyword.iskeyword(name) or name == "step" else name
+    return f"{name}_" if keyword.iskeyword(name) or name in ("step", "skipped") else name
 
 
 def hyperparameters(definition: Definition, groups: Groups, handed: Handed) -> dict[str, Any]:
@@ -161,7 +162,7 @@ def _functional_state(
             {parameter: one(parameter, field, slot) for parameter, slot in pairs if parameter in entries}
         )
 
-    slots = {field: filled(field) for field in initial._fields if field != "step"}
+    slots = {field: filled(field) for field in slots_of(initial)}
     count = max(counts, default=0)
     if count > jnp.iinfo(jnp.int32).max:
         raise ValueError(f"{count} updates were done, more than the functional state can count (int32)")
@@ -224,7 +225,7 @@ def _states(
 ) -> dict[Parameter, ParameterState]:
     """What a functional state has for each parameter, and what the user keeps alongside."""
     rule, step = definition.arithmetic, int(new.step)
-    columns = {field: dict(handed.pairs(getattr(new, field))) for field in new._fields if field != "step"}
+    columns = {field: dict(handed.pairs(getattr(new, field))) for field in slots_of(new)}
     count = {"step": step} if rule.counts_steps else {}
     slots = {"step", *definition.slot_names}
     states = {}
@@ -260,7 +261,7 @@ def _kept_dtypes(
 ) -> dict[str, set[Any]]:
     """The dtypes of slots that were loaded in another one than a new state has: by name, as in messages."""
     dtypes: dict[str, set[Any]] = {}
-    for field in expected._fields[1:]:
+    for field in slots_of(expected):
         present = handed.arranged({parameter: entries.get(field) for parameter, entries in kept.items()})
         tree = {label: {field: present}} if label else {field: present}
         leaves = jax.tree_util.tree_flatten_with_path({"state": tree})[0]

@@ -96,7 +96,10 @@ def defaults_of(definition: Definition, options: Mapping[str, Any] = {}) -> dict
     What the class sets by itself, as ``AdamW`` decoupled decay, its constructor does not take.
     """
     taken = inspect.signature(definition.owner).parameters
-    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    passes_on = any(
+        parameter.kind is parameter.VAR_KEYWORD and "Options" not in str(parameter.annotation)
+        for parameter in taken.values()
+    )
     known = {name for name in definition.hyperparameters.kinds if passes_on or name in taken}
     given = {name: value for name, value in options.items() if name in known}
     return {name: without_tensors(value) for name, value in definition.defaults(**given).items()}

@@ -5,15 +5,17 @@ import dataclasses
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from typing import Any, ClassVar, Literal, Self, TypeVar, overload
+from typing import Any, ClassVar, Literal, Self, TypeVar, Unpack, overload
 
 import chex
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from optimjax._core.algorithm import Algorithm
 from optimjax._core.contract import Rule
 from optimjax._core.definition import UNBOUND, Definition, of_group, package
+from optimjax._core.guard import Guard, Options
 from optimjax._core.hyperparameters import Hyperparameters
 from optimjax._core.sparse import zeros_like
 from optimjax._core.tree import check_gradient
@@ -22,9 +24,11 @@ from optimjax._engine.loss_call import LossArguments
 from optimjax._engine.loss_function import takes_no_arguments
 from optimjax._engine.state import ParameterState
 from optimjax._engine.stepping import Stepper
+from optimjax._engine.watch import Watch
 from optimjax._facade import functional_form, group_table
 from optimjax._facade import state_dict as state_dicts
 from optimjax._facade.groups import check_not_options, is_list_of_groups, new_group, without_tensors
+from optimjax._facade.guarded import Guarded
 from optimjax._facade.hooks import Hooks, RemovableHandle, global_hooks
 from optimjax._facade.record import ScheduleRecord
 from optimjax._facade.state_dict import IncompatibleKeys
@@ -39,7 +43,7 @@ __all__ = ["Optimizer", "register_optimizer_step_post_hook", "register_optimizer
 Aux = TypeVar("Aux")
 
 
-class Optimizer:
+class Optimizer(Guarded):
     """Base class of all optimizers, as ``torch.optim.Optimizer``.
 
     A subclass sets ``rule`` and passes its hyperparameters to this constructor; nothing else is needed::
@@ -59,12 +63,21 @@ class Optimizer:
         place; an iterable of :class:`optimjax.Parameter` (or ``nnx.Param``, which stands for the module's parameter) or
         of ``(name, Parameter)``; or a list of dicts, each with ``params`` (any of these) and the group's own options.
       defaults: the hyperparameters of groups that do not give their own.
+      options: ``max_grad_norm`` and ``skip_nonfinite``, which every optimizer of this library takes; see below. They
+        are attributes, too. Another value compiles nothing; to set one from or to ``None`` or ``False`` may.
 
     Raises:
       ValueError: nothing to optimize, a hyperparameter out of range, a parameter in two groups.
       TypeError: ``params`` is a single Parameter or a set; a value of the wrong type; an unknown option.
 
     Attributes:
+      max_grad_norm: the gradients of all parameters together are scaled down to this norm in each step, exactly as
+        :func:`optimjax.clip_grad_norm_` does, within the compiled step. ``math.inf`` only measures.
+      grad_norm: the norm of all gradients of the last step before clipping, a scalar array that has not been waited
+        for; ``None`` if neither of these options is set.
+      skip_nonfinite: whether a step whose gradients are not all finite changes nothing: neither parameters nor state
+        nor the counts of updates. What the loss has changed in a module, such as batch statistics, stays.
+      skipped: how many steps that has skipped, an int32 array that has not been waited for.
       donate: set it to ``True`` (``optimizer.donate = True``) and a step updates the parameters in place, too, not only
         the state: it needs no second copy of them. Arrays taken from ``params`` or from a module before a step are
         then gone after it.
@@ -92,11 +105,13 @@ class Optimizer:
         self._hooks = Hooks()
         self._handed = Handed()
         self._record = ScheduleRecord()
+        self._guard, self._watch = Guard(), Watch()
         self._in_step = False
         self._trace = trace_state()
         self._stepper = Stepper(self.definition, traced=not is_top_level(self._trace))
 
-    def __init__(self, params: Any, defaults: dict[str, Any]):
+    def __init__(self, params: Any, defaults: dict[str, Any], **options: Unpack[Options]):
+        self._set_options(options)
         self.defaults = defaults = {name: without_tensors(value) for name, value in defaults.items()}
         if params is UNBOUND:
             return
@@ -348,10 +363,14 @@ class Optimizer:
             self._record = dataclasses.replace(self._record, stepped=True)
 
     def _update(self, gradients: Callable[[], Iterable[tuple[Parameter, Any]]]) -> None:
-        self._stepper.by_gradients(self.param_groups, self.state, gradients, donate=self.donate)
+        self._stepper.by_gradients(
+            self.param_groups, self.state, gradients, self._guard, self._watch, donate=self.donate
+        )
 
     def _update_from_loss(self, loss_fn: Callable[..., Any], given: LossArguments) -> Any:
-        return self._stepper.by_loss(self.param_groups, self.state, self._handed, loss_fn, given, donate=self.donate)
+        return self._stepper.by_loss(
+            self.param_groups, self.state, self._handed, loss_fn, given, self._guard, self._watch, donate=self.donate
+        )
 
     def _gradients(self) -> Iterable[tuple[Parameter, Any]]:
         return [(parameter, parameter.grad) for parameter in self._parameters()]
@@ -473,7 +492,8 @@ class Optimizer:
         Raises:
           ValueError: groups differ in what the functional form has once for all (``amsgrad``, ``maximize``, ...).
         """
-        return functional_form.algorithm_of(self._algorithm, self.definition, self.param_groups, self._view())
+        algorithm = functional_form.algorithm_of(self._algorithm, self.definition, self.param_groups, self._view())
+        return dataclasses.replace(algorithm, guard=self._guard)
 
     def functional_state(self) -> tuple[Any, Any]:
         """Parameters and state for :attr:`algorithm`: to leave the facade, for a loop inside ``jit``.
@@ -499,9 +519,10 @@ class Optimizer:
         11
         """
         with self._looking():
-            return functional_form.functional_state(
+            params, state = functional_form.functional_state(
                 self.algorithm, self.definition, self.param_groups, self.state, self._view()
             )
+            return params, state._replace(skipped=self.skipped) if self.skip_nonfinite else state
 
     def load_functional_state(self, params: Any, state: Any) -> None:
         """Take over what :attr:`algorithm` has made of :meth:`functional_state`: to come back to the facade.
@@ -519,6 +540,8 @@ class Optimizer:
             except BaseException:  # an interrupt
                 self._write(*before)
                 raise
+            if self.skip_nonfinite:
+                self._watch.skipped = jnp.array(state.skipped)
         if int(state.step):  # outside of the class: a scheduler need not warn that it is stepped first
             self._note_step()
 

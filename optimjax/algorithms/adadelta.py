@@ -18,7 +18,7 @@ Differs from optax: nothing.
 
 from __future__ import annotations  # signatures then show `LearningRate`, not what it stands for
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax.numpy as jnp
 from jax import Array
@@ -34,6 +34,7 @@ from optimjax.rule import (
     Foreach,
     Hyper,
     LearningRate,
+    Options,
     Rule,
     Share,
     Square,
@@ -93,6 +94,7 @@ class Adadelta(Optimizer):
       weight_decay: times the parameter, added to the gradient (L2 penalty); at least 0.
       maximize: ascend instead of descend.
       foreach, capturable, differentiable: accepted and kept; the compiled step is already what they ask for.
+      options: ``max_grad_norm`` and ``skip_nonfinite``, see :class:`optimjax.Optimizer`.
 
     Raises:
       ValueError: a hyperparameter is out of range.
@@ -123,6 +125,7 @@ class Adadelta(Optimizer):
         capturable: Capturable = False,
         maximize: Flag = False,
         differentiable: Differentiable = False,
+        **options: Unpack[Options],
     ):
         defaults = dict(
             lr=lr,
@@ -134,7 +137,7 @@ class Adadelta(Optimizer):
             foreach=foreach,
             differentiable=differentiable,
         )
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, **options)
 
 
 adadelta = factory(Adadelta)

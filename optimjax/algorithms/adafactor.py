@@ -39,7 +39,7 @@ from __future__ import annotations  # signatures then show `Rate`, not what it s
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Unpack
 
 import jax.numpy as jnp
 from jax import Array
@@ -55,6 +55,7 @@ from optimjax.rule import (
     LearningRate,
     Number,
     Numeric,
+    Options,
     Rule,
     Square,
     factory,
@@ -183,6 +184,7 @@ class Adafactor(Optimizer):
       weight_decay: times ``lr`` and the parameter, subtracted from the parameter, at least 0.
       foreach: accepted and kept; the compiled step is already what it asks for.
       maximize: ascend instead of descend.
+      options: ``max_grad_norm`` and ``skip_nonfinite``, see :class:`optimjax.Optimizer`.
 
     Raises:
       ValueError: a hyperparameter is out of range.
@@ -217,6 +219,7 @@ class Adafactor(Optimizer):
         *,
         foreach: Foreach = None,
         maximize: Flag = False,
+        **options: Unpack[Options],
     ):
         defaults = dict(
             lr=lr,
@@ -227,7 +230,7 @@ class Adafactor(Optimizer):
             foreach=foreach,
             maximize=maximize,
         )
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, **options)
 
 
 adafactor = factory(Adafactor)

@@ -23,7 +23,7 @@ Differs from optax:
 
 from __future__ import annotations  # signatures then show `LearningRate`, not what it stands for
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ from optimjax.rule import (
     Hyper,
     LearningRate,
     NonNegative,
+    Options,
     Rule,
     Square,
     coupled_decay,
@@ -96,6 +97,7 @@ class Adagrad(Optimizer):
       eps: added to the root, outside of it; at least 0.
       maximize: ascend instead of descend.
       foreach, differentiable, fused: accepted and kept; the compiled step is already what they ask for.
+      options: ``max_grad_norm`` and ``skip_nonfinite``, see :class:`optimjax.Optimizer`.
 
     Raises:
       ValueError: a hyperparameter is out of range.
@@ -123,6 +125,7 @@ class Adagrad(Optimizer):
         maximize: Flag = False,
         differentiable: Differentiable = False,
         fused: Fused = None,
+        **options: Unpack[Options],
     ):
         defaults = dict(
             lr=lr,
@@ -135,7 +138,7 @@ class Adagrad(Optimizer):
             differentiable=differentiable,
             fused=fused,
         )
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, **options)
 
 
 adagrad = factory(Adagrad)

@@ -26,7 +26,7 @@ Differs from optax:
 
 from __future__ import annotations  # signatures then show `LearningRate`, not what it stands for
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax.numpy as jnp
 from jax import Array
@@ -45,6 +45,7 @@ from optimjax.rule import (
     Hyper,
     LearningRate,
     Moment,
+    Options,
     Rule,
     Square,
     bias_correction,
@@ -128,6 +129,7 @@ class Adam(Optimizer):
       maximize: ascend instead of descend.
       foreach, capturable, differentiable, fused: accepted and kept; the compiled step is already what they ask for.
       decoupled_weight_decay: shrink the parameter instead, which is :class:`optimjax.AdamW`.
+      options: ``max_grad_norm`` and ``skip_nonfinite``, see :class:`optimjax.Optimizer`.
 
     Raises:
       ValueError: a hyperparameter is out of range.
@@ -164,6 +166,7 @@ class Adam(Optimizer):
         differentiable: Differentiable = False,
         fused: Fused = None,
         decoupled_weight_decay: Flag = False,
+        **options: Unpack[Options],
     ):
         defaults = dict(
             lr=lr,
@@ -178,7 +181,7 @@ class Adam(Optimizer):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, **options)
 
 
 adam = factory(Adam)

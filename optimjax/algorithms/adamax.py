@@ -21,7 +21,7 @@ Differs from optax:
 
 from __future__ import annotations  # signatures then show `LearningRate`, not what it stands for
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax.numpy as jnp
 from jax import Array
@@ -39,6 +39,7 @@ from optimjax.rule import (
     Hyper,
     LearningRate,
     Moment,
+    Options,
     Rule,
     Square,
     bias_correction,
@@ -104,6 +105,7 @@ class Adamax(Optimizer):
       weight_decay: times the parameter, added to the gradient (L2 penalty); at least 0.
       maximize: ascend instead of descend.
       foreach, differentiable, capturable: accepted and kept; the compiled step is already what they ask for.
+      options: ``max_grad_norm`` and ``skip_nonfinite``, see :class:`optimjax.Optimizer`.
 
     Raises:
       ValueError: a hyperparameter is out of range.
@@ -131,6 +133,7 @@ class Adamax(Optimizer):
         maximize: Flag = False,
         differentiable: Differentiable = False,
         capturable: Capturable = False,
+        **options: Unpack[Options],
     ):
         defaults = dict(
             lr=lr,
@@ -142,7 +145,7 @@ class Adamax(Optimizer):
             differentiable=differentiable,
             capturable=capturable,
         )
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, **options)
 
 
 adamax = factory(Adamax)

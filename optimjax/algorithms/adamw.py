@@ -20,7 +20,7 @@ Differs from optax:
 
 from __future__ import annotations  # signatures then show `LearningRate`, not what it stands for
 
-from typing import Any
+from typing import Any, Unpack
 
 from optimjax.algorithms.adam import Adam
 from optimjax.rule import (
@@ -33,6 +33,7 @@ from optimjax.rule import (
     Foreach,
     Fused,
     LearningRate,
+    Options,
     factory,
 )
 
@@ -51,6 +52,7 @@ class AdamW(Adam):
       amsgrad: divide by the largest second moment so far.
       maximize: ascend instead of descend; the decay shrinks all the same.
       foreach, capturable, differentiable, fused: accepted and kept; the compiled step is already what they ask for.
+      options: ``max_grad_norm`` and ``skip_nonfinite``, see :class:`optimjax.Optimizer`.
 
     Raises:
       ValueError: a hyperparameter is out of range.
@@ -76,6 +78,7 @@ class AdamW(Adam):
         capturable: Capturable = False,
         differentiable: Differentiable = False,
         fused: Fused = None,
+        **options: Unpack[Options],
     ):
         super().__init__(
             params,
@@ -90,6 +93,7 @@ class AdamW(Adam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=True,
+            **options,
         )
 
 

@@ -26,7 +26,7 @@ Differs from optax: it has no ASGD.
 
 from __future__ import annotations  # signatures then show `LearningRate`, not what it stands for
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax.numpy as jnp
 from jax import Array
@@ -44,6 +44,7 @@ from optimjax.rule import (
     LearningRate,
     NonNegative,
     Number,
+    Options,
     Rule,
     Weights,
     at_least_float32,
@@ -115,6 +116,7 @@ class ASGD(Optimizer):
       weight_decay: times the parameter, added to the gradient (L2 penalty); at least 0.
       foreach, differentiable, capturable: accepted and kept; the compiled step is already what they ask for.
       maximize: ascend instead of descend.
+      options: ``max_grad_norm`` and ``skip_nonfinite``, see :class:`optimjax.Optimizer`.
 
     Raises:
       ValueError: a hyperparameter is out of range.
@@ -150,6 +152,7 @@ class ASGD(Optimizer):
         maximize: Flag = False,
         differentiable: Differentiable = False,
         capturable: Capturable = False,
+        **options: Unpack[Options],
     ):
         defaults = dict(
             lr=lr,
@@ -162,7 +165,7 @@ class ASGD(Optimizer):
             differentiable=differentiable,
             capturable=capturable,
         )
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, **options)
 
 
 asgd = factory(ASGD)

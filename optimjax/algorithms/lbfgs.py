@@ -534,6 +534,7 @@ class LBFGS(Optimizer):
     """
 
     joint_state = True
+    options_refused = "its line search needs the gradient of the loss itself; clip within the loss"
     slot_names = (*ENTRIES, SCRATCH)
 
     def __init__(

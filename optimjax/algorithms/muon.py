@@ -47,7 +47,7 @@ Differs from optax:
 from __future__ import annotations  # signatures then show `Rate`, not what it stands for
 
 import math
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,7 @@ from optimjax.rule import (
     Moment,
     NonNegative,
     Numeric,
+    Options,
     Rule,
     factory,
     one_of,
@@ -239,6 +240,7 @@ class Muon(Optimizer):
         sides of 1 to 2 a step multiplies 0.92 times as much, with 1 to 4 0.78 times; on two cores of a CPU it took 0.84
         to 0.94 and 0.75 to 0.91 times as long. In bfloat16 rounding moved well-conditioned matrices up to 3 times as
         far as without (5 % of the norm, with ``"polar_express"``), and others no farther.
+      options: ``max_grad_norm`` and ``skip_nonfinite``, see :class:`optimjax.Optimizer`.
 
     =====================  ==============  ==================================================
     ``ns_coefficients``    ``ns_steps``    polynomials
@@ -326,6 +328,7 @@ class Muon(Optimizer):
         matrix_axes: Axes = None,
         blocks: Blocks = None,
         gram: Flag = False,
+        **options: Unpack[Options],
     ):
         defaults = dict(
             lr=lr,
@@ -341,7 +344,7 @@ class Muon(Optimizer):
             blocks=blocks,
             gram=gram,
         )
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, **options)
 
 
 muon = factory(Muon)

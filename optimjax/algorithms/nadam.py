@@ -28,7 +28,7 @@ Differs from optax:
 
 from __future__ import annotations  # signatures then show `LearningRate`, not what it stands for
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax.numpy as jnp
 from jax import Array
@@ -48,6 +48,7 @@ from optimjax.rule import (
     LearningRate,
     Moment,
     NonNegative,
+    Options,
     Rule,
     Square,
     at_least_float32,
@@ -139,6 +140,7 @@ class NAdam(Optimizer):
       decoupled_weight_decay: shrink the parameter instead, as AdamW does.
       maximize: ascend instead of descend.
       foreach, capturable, differentiable: accepted and kept; the compiled step is already what they ask for.
+      options: ``max_grad_norm`` and ``skip_nonfinite``, see :class:`optimjax.Optimizer`.
 
     Raises:
       ValueError: a hyperparameter is out of range.
@@ -168,6 +170,7 @@ class NAdam(Optimizer):
         maximize: Flag = False,
         capturable: Capturable = False,
         differentiable: Differentiable = False,
+        **options: Unpack[Options],
     ):
         defaults = dict(
             lr=lr,
@@ -181,7 +184,7 @@ class NAdam(Optimizer):
             capturable=capturable,
             differentiable=differentiable,
         )
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, **options)
 
 
 nadam = factory(NAdam)

@@ -29,7 +29,7 @@ Differs from optax:
 
 from __future__ import annotations  # signatures then show `LearningRate`, not what it stands for
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax.numpy as jnp
 from jax import Array
@@ -47,6 +47,7 @@ from optimjax.rule import (
     Hyper,
     LearningRate,
     Moment,
+    Options,
     Rule,
     Square,
     bias_correction,
@@ -153,6 +154,7 @@ class RAdam(Optimizer):
       decoupled_weight_decay: shrink the parameter instead, as AdamW does.
       maximize: ascend instead of descend.
       foreach, capturable, differentiable: accepted and kept; the compiled step is already what they ask for.
+      options: ``max_grad_norm`` and ``skip_nonfinite``, see :class:`optimjax.Optimizer`.
 
     Raises:
       ValueError: a hyperparameter is out of range.
@@ -186,6 +188,7 @@ class RAdam(Optimizer):
         maximize: Flag = False,
         capturable: Capturable = False,
         differentiable: Differentiable = False,
+        **options: Unpack[Options],
     ):
         defaults = dict(
             lr=lr,
@@ -198,7 +201,7 @@ class RAdam(Optimizer):
             decoupled_weight_decay=decoupled_weight_decay,
             differentiable=differentiable,
         )
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, **options)
 
 
 radam = factory(RAdam)

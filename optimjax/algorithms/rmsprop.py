@@ -28,7 +28,7 @@ Differs from optax:
 
 from __future__ import annotations  # signatures then show `LearningRate`, not what it stands for
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax.numpy as jnp
 from jax import Array
@@ -46,6 +46,7 @@ from optimjax.rule import (
     LearningRate,
     Moment,
     NonNegative,
+    Options,
     Rule,
     Square,
     Switch,
@@ -119,6 +120,7 @@ class RMSprop(Optimizer):
       centered: divide by the root of the variance instead of the second moment.
       maximize: ascend instead of descend.
       capturable, foreach, differentiable: accepted and kept; the compiled step is already what they ask for.
+      options: ``max_grad_norm`` and ``skip_nonfinite``, see :class:`optimjax.Optimizer`.
 
     Raises:
       ValueError: a hyperparameter is out of range.
@@ -145,6 +147,7 @@ class RMSprop(Optimizer):
         foreach: Foreach = None,
         maximize: Flag = False,
         differentiable: Differentiable = False,
+        **options: Unpack[Options],
     ):
         defaults = dict(
             lr=lr,
@@ -158,7 +161,7 @@ class RMSprop(Optimizer):
             maximize=maximize,
             differentiable=differentiable,
         )
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, **options)
 
 
 rmsprop = factory(RMSprop)

@@ -25,7 +25,7 @@ Differs from optax:
 
 from __future__ import annotations  # signatures then show `LearningRate`, not what it stands for
 
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ from optimjax.rule import (
     LearningRate,
     Moment,
     Numeric,
+    Options,
     Pair,
     Rule,
     Weights,
@@ -110,6 +111,7 @@ class Rprop(Optimizer):
       step_sizes: the smallest and the largest step.
       maximize: ascend instead of descend.
       capturable, foreach, differentiable: accepted and kept; the compiled step is already what they ask for.
+      options: ``max_grad_norm`` and ``skip_nonfinite``, see :class:`optimjax.Optimizer`.
 
     Raises:
       ValueError: a hyperparameter is out of range.
@@ -143,6 +145,7 @@ class Rprop(Optimizer):
         foreach: Foreach = None,
         maximize: Flag = False,
         differentiable: Differentiable = False,
+        **options: Unpack[Options],
     ):
         defaults = dict(
             lr=lr,
@@ -153,7 +156,7 @@ class Rprop(Optimizer):
             differentiable=differentiable,
             capturable=capturable,
         )
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, **options)
 
 
 rprop = factory(Rprop)

@@ -22,7 +22,7 @@ Differs from optax:
 
 from __future__ import annotations  # signatures then show `LearningRate`, not what it stands for
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax.numpy as jnp
 from jax import Array
@@ -38,6 +38,7 @@ from optimjax.rule import (
     Hyper,
     LearningRate,
     Moment,
+    Options,
     Rule,
     Skippable,
     Switch,
@@ -108,6 +109,7 @@ class SGD(Optimizer):
       nesterov: Nesterov momentum; requires a momentum and zero dampening.
       maximize: ascend instead of descend.
       foreach, differentiable, fused: accepted and kept; the compiled step is already what they ask for.
+      options: ``max_grad_norm`` and ``skip_nonfinite``, see :class:`optimjax.Optimizer`.
 
     Raises:
       ValueError: a hyperparameter is out of range, or Nesterov momentum is asked for without momentum or with
@@ -144,6 +146,7 @@ class SGD(Optimizer):
         foreach: Foreach = None,
         differentiable: Differentiable = False,
         fused: Fused = None,
+        **options: Unpack[Options],
     ):
         defaults = dict(
             lr=lr,
@@ -156,7 +159,7 @@ class SGD(Optimizer):
             differentiable=differentiable,
             fused=fused,
         )
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, **options)
 
 
 sgd = factory(SGD)

@@ -23,7 +23,7 @@ Differs from optax: optax has no sparse optimizer.
 
 from __future__ import annotations  # signatures then show `PositiveRate`, not what it stands for
 
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ from optimjax.rule import (
     LearningRate,
     Moment,
     Numeric,
+    Options,
     Rule,
     Square,
     bias_correction,
@@ -123,6 +124,7 @@ class SparseAdam(Optimizer):
       betas: shares of the running means of gradient and squared gradient that are kept; each in [0, 1).
       eps: added to the root of the second moment, before bias correction; larger than 0.
       maximize: ascend instead of descend.
+      options: ``max_grad_norm`` and ``skip_nonfinite``, see :class:`optimjax.Optimizer`.
 
     Raises:
       ValueError: a hyperparameter is out of range, a parameter is complex or sparse.
@@ -165,8 +167,9 @@ class SparseAdam(Optimizer):
         betas: Betas = (0.9, 0.999),
         eps: PositiveEpsilon = 1e-8,
         maximize: Flag = False,
+        **options: Unpack[Options],
     ):
-        super().__init__(params, dict(lr=lr, eps=eps, betas=betas, maximize=maximize))
+        super().__init__(params, dict(lr=lr, eps=eps, betas=betas, maximize=maximize), **options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, none of which may be sparse; see :meth:`optimjax.Optimizer.add_param_group`."""

@@ -96,6 +96,8 @@ class FromOptax(Optimizer):
     10.125 [2.67 3.56]
     """
 
+    options_refused = "a transformation brings its own, optax.clip_by_global_norm and optax.apply_if_finite"
+
     def __init__(self, params: Any, tx: Any, lr: LearningRate = 1.0):
         self._tx = transformation(tx)
         super().__init__(params, dict(lr=lr))

@@ -13,7 +13,7 @@ from interrupts import interrupted_everywhere
 from jax.experimental.sparse import BCOO
 
 import optimjax as optim
-from optimjax._facade import clip as clipping
+from optimjax._engine import selections as clipping
 
 # --- The pure twins -------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optimjax as optim
-from optimjax._facade import clip as clipping
+from optimjax._engine import selections as clipping
 from optimjax.swa_utils import AveragedModel, get_ema_avg_fn
 
 compiled: list[str] = []
