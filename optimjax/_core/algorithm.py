@@ -137,9 +137,9 @@ class Algorithm:
         step = next((place(step, leaf) for leaf in leaves if sharding_of(leaf) is not None), step)
         hypers = _per_leaf(self.hyperparameters, self.values, columns, step, len(leaves))
         slots = [self.definition.slots(param, hyper, flags) for param, hyper in zip(leaves, hypers, strict=True)]
-        return self._packed(self._state_type(leaves, flags), self._counts(step), treedef, slots)
+        return self._packed(self._state_type(leaves, flags), self.first_counts(step), treedef, slots)
 
-    def _counts(self, step: Array) -> tuple[Array, ...]:
+    def first_counts(self, step: Array) -> tuple[Array, ...]:
         """The first fields of a state before the first update."""
         return (step, copied_array(step)) if self.guard.skip_nonfinite else (step,)
 

@@ -55,7 +55,7 @@ class Partition(Algorithm):
             for label, algorithm in self.algorithms.items()
         ]
         # A step of its own, because a state may be donated.
-        return self.state_class(*self._counts(copied_array(states[0].step)), *states)
+        return self.state_class(*self.first_counts(copied_array(states[0].step)), *states)
 
     def update(self, params: Params, grads: Any, state: State, **overrides: Any) -> tuple[Params, State]:
         """One update of every parameter; an override is a dict for a label, ``muon={"lr": 0.1}``."""

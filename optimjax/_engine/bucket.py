@@ -16,7 +16,7 @@ from optimjax._core.guard import Limits
 from optimjax._engine.handover import Handover, Program, kind
 from optimjax._engine.interned import interned
 from optimjax._engine.state import ParameterState, Place, Store
-from optimjax._engine.watch import scalars_at
+from optimjax._engine.watch import Tally
 from optimjax._params.parameter import Parameter
 from optimjax._storage.placement import canonical, pin, pinned
 
@@ -124,11 +124,11 @@ class Bucket:
         scalars: Any,
         members: Sequence[Member],
         shared: bool,
-        skipped: Any,
+        tally: Tally,
     ):
         self.parameters = [member.parameter for member in members]
         self.values = [member.value for member in members]
-        self.store = Store(handover, definition, [member.slots for member in members], skipped)
+        self.store = Store(handover, definition, [member.slots for member in members], tally)
         self._entries = [member.state for member in members]
         self._places = [
             Place(self.store, index, member.flags, member.value.shape, member.step)
@@ -166,32 +166,37 @@ class Bucket:
             and all(map(is_, self._known, map(state.get, self.parameters)))
         )
 
-    def scalars(self, hypers: Sequence[Any], known: dict[tuple[int, int], Any]) -> Any:
-        """The rows of scalars for the next step, as one array; ``known`` collects those of a group and a count."""
-        store, rows = self.store, []
-        if not isinstance(store.before, int):
-            tried = [step + store.steps + 1 for _, step in self._rows]
-            which = [hypers[group] for group, _ in self._rows]
-            rows = list(zip(tried, which, self.structure.flags, strict=True))
-            return scalars_at(store.definition, rows, store.skipped, store.before)
-        for group, step in self._rows:
-            key = group, step + store.steps + 1
-            if key not in known:
-                known[key] = list(map(as_number, self.structure.rule.scalars(key[1], hypers[group])))
-            rows.append(known[key])
-        if any(isinstance(scalar, Tracer) for row in rows for scalar in row):  # the facade inside a `jit`
-            return rows
-        return np.array(rows)
+    def scalars(self, hypers: Sequence[Any], known: dict[tuple[int, int], Any], tally: Tally) -> Any:
+        """The rows of scalars for the next step, as one array.
+
+        Args:
+          hypers: of the groups.
+          known: collects the rows by group and count.
+          tally: of the steps that were skipped.
+        """
+
+        def rows_at(skipped: int) -> Any:
+            rows = []
+            for group, step in self._rows:
+                key = group, step + self.store.steps + 1 - (skipped - self.store.before)
+                if key not in known:
+                    known[key] = list(map(as_number, self.structure.rule.scalars(key[1], hypers[group])))
+                rows.append(known[key])
+            if any(isinstance(scalar, Tracer) for row in rows for scalar in row):  # the facade inside a `jit`
+                return rows
+            return np.array(rows)
+
+        return tally.chosen(rows_at)
 
     def commit(
         self,
         slots: list[Any],
         params: list[Array],
         steps: int,
-        skipped: Any,
+        tally: Tally,
         state: MutableMapping[Parameter, ParameterState],
     ) -> list[tuple[Any, str, Any]]:
-        """Write the results of the program into the parameters; ``steps`` are tried then, and so many skipped.
+        """Write the results of the program into the parameters; ``steps`` are tried then, some of which are skipped.
 
         Returns:
           What remains to be set, see :class:`optimjax._engine.handover.Launch`.
@@ -200,7 +205,7 @@ class Bucket:
             parameter._write(param)
         store = self.store
         remaining = [
-            (store, "slots", slots), (store, "steps", steps), (store, "skipped", skipped), (self, "values", params)
+            (store, "slots", slots), (store, "steps", steps), (store, "tally", tally), (self, "values", params)
         ]  # fmt: skip
         if self._committed and self.store.whole:
             return remaining

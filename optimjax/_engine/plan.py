@@ -18,7 +18,7 @@ from optimjax._engine.bucket import Bucket, Member, StepStructure
 from optimjax._engine.handover import Call, Handover, kinds
 from optimjax._engine.interned import interned
 from optimjax._engine.state import ParameterState, Place
-from optimjax._engine.watch import Watch, after, from_here
+from optimjax._engine.watch import Tally, Watch
 from optimjax._params.handed import name_of
 from optimjax._params.parameter import Parameter
 
@@ -47,11 +47,6 @@ class Plan:
         positions = (tuple(order[parameter] for parameter in bucket.parameters) for bucket in self.buckets)
         return interned(StepStructure, tuple(bucket.structure for bucket in self.buckets), tuple(positions))
 
-    @property
-    def skipped(self) -> Any:
-        """How many steps the optimizer had skipped after the last one: an integer where none may be."""
-        return self.buckets[0].store.skipped if self.buckets else 0
-
     def calls(self, grads: Mapping[Parameter, Any], rows: Sequence[Any], in_place: bool, limits: Limits) -> list[Call]:
         """The calls of :data:`update_bucket`, which may update parameters in place, too."""
         values = [bucket.values for bucket in self.buckets]
@@ -61,28 +56,26 @@ class Plan:
         kind = tuple(limit is None for limit in limits), *kinds(jax.tree.leaves(limits))
         return [
             Call(
-                (b.structure, *kind),
+                (b.structure, isinstance(row, jax.Array), *kind),
                 (b.structure, b.store.slots, part, [grads[p] for p in b.parameters], row, limits),
             )
             for b, part, row in zip(self.buckets, values, rows, strict=True)
         ]
 
     def commit(
-        self, state: MutableMapping[Parameter, ParameterState], watch: Watch
+        self, state: MutableMapping[Parameter, ParameterState], watch: Watch, tally: Tally
     ) -> Callable[[list[Any], Any, Any], list[tuple[Any, str, Any]]]:
         """What takes over results of the next step, its norm, and whether it counts (``None``: it does).
 
-        See :class:`optimjax._engine.handover.Launch`.
+        The tally is that of the steps before it. See :class:`optimjax._engine.handover.Launch`.
         """
-        steps, before = [bucket.store.steps + 1 for bucket in self.buckets], self.skipped
+        steps = [bucket.store.steps + 1 for bucket in self.buckets]
 
         def commit(results: list[Any], norm: Any, counts: Any) -> list[tuple[Any, str, Any]]:
-            skipped = before if counts is None else after(before, counts)
-            remaining = [(watch, "norm", norm)]
-            if counts is not None:
-                remaining.append((watch, "skipped", skipped))
+            new = tally.after(counts)
+            remaining: list[tuple[Any, str, Any]] = [(watch, "norm", norm), (watch, "tally", new)]
             for bucket, count, (slots, params, *_) in zip(self.buckets, steps, results, strict=False):
-                remaining += bucket.commit(slots, params, count, skipped, state)
+                remaining += bucket.commit(slots, params, count, new, state)
             return remaining
 
         return commit
@@ -111,7 +104,7 @@ class Planner:
         groups: Sequence[Mapping[str, Any]],
         state: Mapping[Parameter, Any],
         grads: Mapping[Parameter, Any],
-        skipped: Any,
+        tally: Tally,
         together: bool = False,
     ) -> tuple[Plan, list[Any]]:
         """The buckets of a step, and the scalars of each; everything is checked here, before anything changes.
@@ -120,7 +113,7 @@ class Planner:
           groups: of the optimizer, with the parameters and the present hyperparameters.
           state: what is kept for each parameter.
           grads: by parameter, whatever is not ``None``.
-          skipped: how many steps were skipped so far; ``None`` where this one cannot be.
+          tally: of the steps that were skipped.
           together: one bucket for each algorithm, in the order of ``grads``; as it always is for a rule that takes all
             parameters at once.
         """
@@ -130,7 +123,7 @@ class Planner:
         sizes = [len(group["params"]) for group in groups]
         leaves, structure = jax.tree.flatten(list(grads.values()))  # a sparse gradient has two
         parameters = [parameter for group in groups for parameter in group["params"]]
-        key = together, skipped is None, sizes, definitions, flags, parameters, list(grads), structure, kinds(leaves)
+        key = together, sizes, definitions, flags, parameters, list(grads), structure, kinds(leaves)
         plan = self.plan
         if plan is None or plan.key != key or not all(bucket.fits(state) for bucket in plan.buckets):
             if twice := [p for p, count in Counter(parameters).items() if count > 1]:
@@ -143,15 +136,15 @@ class Planner:
                 positions = in_order(members, [order[member.parameter] for member in members])
             if plan is not None:
                 plan.drop()
-            buckets, begin = [], 0 if skipped is None else from_here(skipped)
+            buckets = []
             for part in positions:
                 first = members[part[0]]
                 scalars = type(first.definition.arithmetic.scalars(1, hypers[first.group]))
                 parts = [members[index] for index in part]
-                buckets.append(Bucket(self._handover, first.definition, scalars, parts, shared, begin))
+                buckets.append(Bucket(self._handover, first.definition, scalars, parts, shared, tally))
             self.plan = plan = Plan(key, buckets, list(grads))
         known: dict[tuple[int, int], Any] = {}
-        return plan, [bucket.scalars(hypers, known) for bucket in plan.buckets]
+        return plan, [bucket.scalars(hypers, known, tally) for bucket in plan.buckets]
 
     def resolved(self, groups: Sequence[Mapping[str, Any]], index: int) -> tuple[Any, Any]:
         """A group's hyperparameters and flags; the same again until somebody edits the group."""

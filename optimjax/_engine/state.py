@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import Array
-from jax.core import Tracer
 
 from optimjax._core.definition import Definition
 from optimjax._engine.handover import Handover
+from optimjax._engine.watch import Tally
 
 __all__ = ["ParameterState", "Place", "Store"]
 
@@ -120,19 +120,19 @@ class Store:
       structures: of the slots of each parameter.
       slots: for each parameter its slots, a list of arrays; ``None`` where somebody has taken them.
       steps: updates tried here.
-      before, skipped: how many updates the optimizer had skipped before the first of these, and after the last one.
-        Integers; or scalar arrays, which nobody has waited for.
+      before: how many updates the optimizer had skipped before the first of these.
+      tally: of those skipped until the last of these.
       whole: whether what a step is going to start from is still what it was.
     """
 
-    __slots__ = ("before", "definition", "handover", "skipped", "slots", "steps", "structures", "whole")
+    __slots__ = ("before", "definition", "handover", "slots", "steps", "structures", "tally", "whole")
 
-    def __init__(self, handover: Handover, definition: Definition, slots: Sequence[Any], skipped: Any = 0):
+    def __init__(self, handover: Handover, definition: Definition, slots: Sequence[Any], tally: Tally):
         self.handover, self.definition = handover, definition
         self.structures = tuple(map(jax.tree.structure, slots))
         self.slots: list[list[Array] | None] = [jax.tree.leaves(slot) for slot in slots]
         self.steps = 0
-        self.before = self.skipped = skipped
+        self.tally, self.before = tally, tally.total
         self.whole = True
 
 
@@ -155,20 +155,16 @@ class Place(NamedTuple):
         return self.store.structures[self.position].unflatten(self.store.slots[self.position])
 
     @property
-    def step(self) -> int:
+    def step(self) -> Any:
         """Updates done; where some may have been skipped, this waits for the last one."""
-        tried = self.start + self.store.steps
-        if self.store.skipped is self.store.before:
-            return tried
-        skipped = self.store.skipped - self.store.before
-        return tried - (skipped if isinstance(skipped, Tracer) else int(skipped))
+        return self.start + self.store.steps - (self.store.tally.total - self.store.before)
 
     def entries(self) -> dict[str, Any]:
         """Slots and count, as PyTorch's state has them."""
-        step = self.step
-        if not self.store.definition.arithmetic.counts_steps and not isinstance(step, Tracer) and step == 0:
-            return {}  # where PyTorch keeps no count, the slots say that there was an update
-        return self.store.definition.entries(self.slots, step)
+        step, definition = self.step, self.store.definition
+        # Where PyTorch keeps no count, the slots say that there was an update.
+        none_yet = not definition.arithmetic.counts_steps and type(step) is int and step == 0
+        return {} if none_yet else definition.entries(self.slots, step)
 
     def names(self) -> Iterable[str]:
         """The names of the entries."""

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
+import jax
+
 from optimjax._core.containers import own_memory
 from optimjax._core.definition import Definition
 from optimjax._core.guard import Guard
@@ -74,9 +76,12 @@ class Stepper:
 
         def plan() -> Launch:
             grads = {parameter: own_memory(grad) for parameter, grad in gradients() if grad is not None}
-            plan, rows = self.planner.planned(groups, state, grads, _skipped(guard, watch))
+            tally = watch.tally.settled()
+            plan, rows = self.planner.planned(groups, state, grads, tally)
             limits = guard.limits(list(grads.values()), measure)
-            calls, take = plan.calls(grads, rows, donate, limits), plan.commit(state, watch)
+            if not grads:
+                watch.norm = limits.norm
+            calls, take = plan.calls(grads, rows, donate, limits), plan.commit(state, watch, tally)
 
             def commit(results: list[Any]) -> list[tuple[Any, str, Any]]:
                 return take(results, limits.norm, limits.counts)
@@ -103,17 +108,19 @@ class Stepper:
         def plan() -> Launch:
             call = self.call_of(groups, handed, loss_function, given)
             grads = dict(zip(call.parameters, call.differentiated, strict=True))  # which have their shapes
-            plan, rows = self.planner.planned(groups, state, grads, _skipped(guard, watch), together=True)
+            tally = watch.tally.settled()
+            plan, rows = self.planner.planned(groups, state, grads, tally, together=True)
             slots = [bucket.store.slots for bucket in plan.buckets]
             params = distinct(call.differentiated, call.traced) if donate else call.differentiated
-            take, limit, skips = plan.commit(state, watch), guard.limit, bool(guard.skip_nonfinite)
+            take, limit, skips = plan.commit(state, watch, tally), guard.limit, bool(guard.skip_nonfinite)
 
             def commit(results: list[Any]) -> list[tuple[Any, str, Any]]:
                 ((new_slots, new_params, _, _, changed, norm, counts),) = results
                 call.write_back(changed)
                 return take(list(zip(new_slots, new_params, strict=True)), norm, counts)
 
-            key = call.structure, plan.structure, skips, kind(limit), *kinds(call.traced)
+            on_device = any(isinstance(row, jax.Array) for row in rows)
+            key = call.structure, plan.structure, skips, kind(limit), on_device, *kinds(call.traced)
             arguments = call.structure, plan.structure, skips, slots, params, call.traced, rows, limit
             return Launch(program, (3, 4) if donate else (3,), [Call(key, arguments)], commit)
 
@@ -136,11 +143,6 @@ class Stepper:
     def variables(self, groups: Groups, handed: Handed, loss_fn: Any, given: LossArguments) -> list[Any]:
         """The variables of modules that a loss may change."""
         return self.call_of(groups, handed, self.losses(loss_fn), given).variables
-
-
-def _skipped(guard: Guard, watch: Watch) -> Any:
-    """How many steps were skipped so far; ``None`` where the next one cannot be."""
-    return watch.skipped if guard.skip_nonfinite else None
 
 
 def _check_found(found: Sequence[Parameter], groups: Groups, given: Handed | None) -> None:

@@ -1,8 +1,7 @@
-"""What an optimizer has seen of its gradients, and the numbers of a step whose count nobody has waited for."""
+"""What an optimizer has seen of its gradients, and counts that nobody waits for."""
 
-import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,83 +9,83 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from optimjax._core.definition import Definition
-from optimjax._core.guard import counted
-from optimjax._engine.interned import interned
+__all__ = ["Tally", "Watch"]
 
-__all__ = ["Watch", "after", "from_here", "scalars_at"]
+AHEAD = 8  # steps that may run while the next one is planned, and may be skipped: most that a device needs to be busy
+
+
+class Tally(NamedTuple):
+    """How many steps were skipped.
+
+    Whether a step counts is known when it has run. The next ones do not wait for that: they are given the numbers for
+    each outcome, and choose on the device.
+
+    Attributes:
+      known: of the steps that have ended.
+      pending: of each later step, whether it counts: a scalar array.
+    """
+
+    known: int = 0
+    pending: tuple[Array, ...] = ()
+
+    def settled(self, most: int = AHEAD) -> "Tally":
+        """The same without waiting, except for steps that ``most`` others have come after."""
+        known, pending = self
+        while pending and not isinstance(pending[0], Tracer) and (len(pending) > most or _has_run(pending[0])):
+            known, pending = known + (not bool(pending[0])), pending[1:]
+        return Tally(known, pending)
+
+    def after(self, counts: Array | None) -> "Tally":
+        """The tally after one more step, which counts or not; ``None`` if it does in any case."""
+        return self if counts is None else Tally(self.known, (*self.pending, counts))
+
+    @property
+    def total(self) -> Any:
+        """The number; it waits for the last step. While JAX traces, an array."""
+        known, pending = self.settled(0)
+        return known + _skipped(pending) if pending else known
+
+    @property
+    def array(self) -> Array:
+        """The number as an int32 scalar, which is not waited for."""
+        return jnp.int32(self.known) + _skipped(self.pending)
+
+    def chosen(self, rows_at: Callable[[int], Any]) -> Any:
+        """The scalars of a step, where ``rows_at`` has them for a number of skipped steps."""
+        if not self.pending:
+            return rows_at(self.known)
+        outcomes = [rows_at(self.known + more) for more in range(len(self.pending) + 1)]
+        missing = max(AHEAD - len(self.pending), 0)  # filled up, so that one program does for any number
+        outcomes += outcomes[-1:] * missing
+        pending = *self.pending, *[np.True_] * missing
+        return _choose(outcomes if _traced(outcomes) else np.array(outcomes), pending)
 
 
 class Watch:
-    """What an optimizer has seen of its gradients; arrays that nobody has waited for.
+    """What an optimizer has seen of its gradients.
 
     Attributes:
-      norm: of the gradients of the last step, all together; ``None`` where none was measured.
-      skipped: how many steps were skipped.
+      norm: of the gradients of the last step, all together, a scalar array; ``None`` where none was measured.
+      tally: of the steps that were skipped.
     """
 
     def __init__(self) -> None:
         self.norm: Array | None = None
-        self.skipped: Array | int = 0
+        self.tally = Tally()
 
 
-def from_here(skipped: Any) -> Array:
-    """The number of skipped steps, on whatever device the next one runs. This waits for the last step."""
-    return skipped if isinstance(skipped, Tracer) else jnp.asarray(int(skipped), jnp.int32)
+def _skipped(pending: tuple[Any, ...]) -> Array:
+    return sum((jnp.where(counts, 0, 1).astype(jnp.int32) for counts in pending), start=jnp.int32(0))
 
 
-after = jax.jit(counted)
+def _has_run(counts: Any) -> bool:
+    return counts.is_ready()
 
 
-class _Structure:
-    """What is compiled in where scalars are computed on the device. Equal ones are one object."""
-
-    def __init__(self, definition: Definition, rows: tuple[tuple[Any, Any], ...], dtype: Any):
-        self.definition, self.rows, self.dtype = definition, rows, dtype
+def _traced(values: Any) -> bool:
+    return any(isinstance(value, Tracer) for value in jax.tree.leaves(values))
 
 
-def scalars_at(
-    definition: Definition, rows: Sequence[tuple[int, Any, Any]], skipped: Array, before: Array
-) -> Array | list[Any]:
-    """Rows of scalars for the next update, where the number of updates done is on the device.
-
-    They are computed in double precision, as they are from Python numbers, so that skipping none changes nothing.
-
-    Args:
-      definition: the algorithm.
-      rows: for each its hyperparameters and flags, after the number of the update if none had been skipped.
-      skipped: how many were skipped so far.
-      before: how many of these before the first update that the numbers count.
-    """
-    numeric = definition.hyperparameters.numeric
-    numbers, structures = zip(
-        *(jax.tree.flatten([getattr(hyper, name) for name in numeric]) for _, hyper, _ in rows), strict=True
-    )
-    counts = [count for count, _, _ in rows]
-    structure = interned(
-        _Structure,
-        definition,
-        tuple((flags, treedef) for (_, _, flags), treedef in zip(rows, structures, strict=True)),
-        jnp.dtype(jnp.result_type(float)),
-    )
-    if any(isinstance(value, Tracer) for value in jax.tree.leaves((numbers, skipped, before))):
-        return _scalars(structure, numbers, counts, skipped, before)  # the facade inside a `jit`
-    with _double_precision():
-        return _compiled(structure, numbers, np.array(counts, float), skipped, before)
-
-
-def _scalars(structure: _Structure, numbers: Any, counts: Any, skipped: Array, before: Array) -> Array:
-    definition, wide = structure.definition, jnp.result_type(float)
-    done, rows = (skipped - before).astype(wide), []
-    for values, count, (flags, treedef) in zip(numbers, counts, structure.rows, strict=True):
-        named = dict(zip(definition.hyperparameters.numeric, treedef.unflatten(values), strict=True))
-        hyper = definition.hyperparameters.hyper(flags._asdict() | named)
-        rows.append([jnp.asarray(one, wide) for one in definition.arithmetic.scalars(count - done, hyper)])
-    return jnp.array(rows, structure.dtype)
-
-
-_compiled = jax.jit(_scalars, static_argnums=0)
-_double_precision = functools.partial(
-    jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64,  # pyright: ignore
-    True,
-)
+@jax.jit
+def _choose(outcomes: Any, pending: tuple[Any, ...]) -> Array:
+    return jnp.asarray(outcomes)[_skipped(pending)]

@@ -129,7 +129,7 @@ def functional_state(
         for label, part in _parts(own, groups).items()
     ]
     count = max((one.step for one in states), key=int)
-    return handed.arranged(values), algorithm.state_class(copied_array(count), *states)
+    return handed.arranged(values), algorithm.state_class(*algorithm.first_counts(copied_array(count)), *states)
 
 
 def _functional_state(

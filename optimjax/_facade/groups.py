@@ -13,6 +13,7 @@ from optimjax._core import definition as _definition
 from optimjax._core.containers import as_array
 from optimjax._core.definition import Definition
 from optimjax._core.foreign import from_tensor
+from optimjax._core.guard import Options
 from optimjax._params.source import ParameterSource, Source, is_single, not_parameters, source_of
 
 __all__ = ["check_not_options", "defaults_of", "is_list_of_groups", "new_group", "without_tensors"]
@@ -120,6 +121,11 @@ def _check_not_of_others(options: Mapping[str, Any], definition: Definition, whe
 def _check_keys(group: Mapping[str, Any], definition: Definition, defaults: Mapping[str, Any], where: str) -> None:
     """Raise for a misspelt option; a key that resembles none is the user's own."""
     known = definition.hyperparameters.kinds.keys() | defaults.keys() | {"algorithm"}
+    if whole := [name for name in Options.__annotations__ if name in group and name not in known]:
+        raise TypeError(
+            f"{whole[0]!r}{where} is an option of the whole optimizer, because it concerns the gradients of all "
+            f"parameters together: {definition.name}(params, {whole[0]}=...)"
+        )
     for name in group:
         meant = None if name in known else _meant(name, known)
         if meant is not None and not any(name in other.hyperparameters.kinds for other in _definition.package):

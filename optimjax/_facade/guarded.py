@@ -5,7 +5,6 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import jax.numpy as jnp
 from jax import Array
 
 from optimjax._core.guard import Guard
@@ -76,4 +75,4 @@ class Guarded:
 
         Copies and pickles take it along; a state dict has only the counts of updates done.
         """
-        return jnp.asarray(self._watch.skipped, jnp.int32)
+        return self._watch.tally.array

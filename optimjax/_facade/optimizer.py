@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal, Self, TypeVar, Unpack, overload
 
 import chex
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from optimjax._core.algorithm import Algorithm
@@ -24,7 +23,7 @@ from optimjax._engine.loss_call import LossArguments
 from optimjax._engine.loss_function import takes_no_arguments
 from optimjax._engine.state import ParameterState
 from optimjax._engine.stepping import Stepper
-from optimjax._engine.watch import Watch
+from optimjax._engine.watch import Tally, Watch
 from optimjax._facade import functional_form, group_table
 from optimjax._facade import state_dict as state_dicts
 from optimjax._facade.groups import check_not_options, is_list_of_groups, new_group, without_tensors
@@ -541,7 +540,7 @@ class Optimizer(Guarded):
                 self._write(*before)
                 raise
             if self.skip_nonfinite:
-                self._watch.skipped = jnp.array(state.skipped)
+                self._watch.tally = Tally(int(state.skipped))
         if int(state.step):  # outside of the class: a scheduler need not warn that it is stepped first
             self._note_step()
 

@@ -14,6 +14,7 @@ from jax.experimental.sparse import BCOO
 
 import optimjax as optim
 from optimjax._engine import selections as clipping
+from optimjax._facade import clip as clip_module
 
 # --- The pure twins -------------------------------------------------------------------------------------------------
 
@@ -190,7 +191,7 @@ def test_selections_that_jax_traces_do_not_count(monkeypatch: pytest.MonkeyPatch
 def test_an_interrupt_leaves_gradients_all_old_or_all_new(clip: Any) -> None:
     grads = [np.full(2, 3.0, np.float32), np.full(2, 4.0, np.float32), np.full(2, 5.0, np.float32)]
     made, outcomes = boxes(grads), []
-    for _ in interrupted_everywhere(clipping, lambda: clip(made, 1.0)):
+    for _ in interrupted_everywhere(clip_module, lambda: clip(made, 1.0)):
         changed = {not np.array_equal(box.grad, grad) for box, grad in zip(made, grads, strict=True)}
         assert len(changed) == 1
         outcomes += changed

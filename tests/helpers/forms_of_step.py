@@ -53,11 +53,42 @@ class Form:
         return optimizer
 
 
+def by_loss_with_aux(optimizer: Any) -> None:
+    _, aux = optimizer.step(loss_and_aux, has_aux=True)
+    assert isinstance(aux, Aux)
+
+
+def loss_and_aux(params: Any) -> Any:
+    return loss_fn(params), Aux(params["a"] + 1)
+
+
+@jax.tree_util.register_pytree_node_class
+class Aux:
+    """A node that JAX puts together by Python code."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def tree_flatten(self) -> Any:
+        return (self.value,), None
+
+    @classmethod
+    def tree_unflatten(cls, _: Any, children: Any) -> Any:
+        return cls(*children)
+
+
+def held_back() -> Any:
+    return optim.NAdam(START, lr=0.05, max_grad_norm=1.0, skip_nonfinite=True)
+
+
 ADAM = optax.adam(0.05)
 FORMS = {
     "loss": Form(by_loss),
     "gradients": Form(by_gradients),
     "backward": Form(by_backward),
+    "loss, aux": Form(by_loss_with_aux),
+    "loss, held back": Form(by_loss, held_back),
+    "gradients, held back": Form(by_gradients, held_back),
     # One iteration a step, so that the parameters go on moving.
     "LBFGS": Form(by_loss, lambda: optim.LBFGS(START, lr=0.05, max_iter=1)),
     "optax, loss": Form(by_loss, lambda: optim.FromOptax(START, ADAM)),

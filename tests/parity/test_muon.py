@@ -18,7 +18,9 @@ from reference import Result, facade, functional, pytorch, random_gradients, ran
 
 import optimjax as optim
 from optimjax import functional as F
+from optimjax._core.guard import FREE
 from optimjax._engine.bucket import update_bucket
+from optimjax._engine.watch import Tally
 from optimjax.algorithms.parts import matrices
 
 SHAPES = [(3, 4), (4, 3), (16, 16), (1, 5), (5, 1), (0, 3)]
@@ -214,8 +216,8 @@ def test_groups_share_products_where_only_numbers_differ() -> None:
         ]
     )
     grads = {box: jnp.ones((8, 16)) for group in optimizer.param_groups for box in group["params"]}
-    plan, rows = optimizer._stepper.planner.planned(optimizer.param_groups, optimizer.state, grads)
-    (call,) = plan.calls(grads, rows, in_place=False)
+    plan, rows = optimizer._stepper.planner.planned(optimizer.param_groups, optimizer.state, grads, Tally())
+    (call,) = plan.calls(grads, rows, False, FREE)
     text = update_bucket.donating((1,)).lower(*call.args).as_text()
     assert products(text) == 6  # five matrices, and one
 
