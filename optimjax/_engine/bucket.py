@@ -166,13 +166,14 @@ class Bucket:
             and all(map(is_, self._known, map(state.get, self.parameters)))
         )
 
-    def scalars(self, hypers: Sequence[Any], known: dict[tuple[int, int], Any], tally: Tally) -> Any:
+    def scalars(self, hypers: Sequence[Any], known: dict[tuple[int, int], Any], tally: Tally, skips: bool) -> Any:
         """The rows of scalars for the next step, as one array.
 
         Args:
           hypers: of the groups.
           known: collects the rows by group and count.
           tally: of the steps that were skipped.
+          skips: whether this one may be.
         """
 
         def rows_at(skipped: int) -> Any:
@@ -186,7 +187,7 @@ class Bucket:
                 return rows
             return np.array(rows)
 
-        return tally.chosen(rows_at)
+        return tally.chosen(rows_at, skips, self.values[0])
 
     def commit(
         self,

@@ -105,6 +105,7 @@ class Planner:
         state: Mapping[Parameter, Any],
         grads: Mapping[Parameter, Any],
         tally: Tally,
+        skips: bool,
         together: bool = False,
     ) -> tuple[Plan, list[Any]]:
         """The buckets of a step, and the scalars of each; everything is checked here, before anything changes.
@@ -114,6 +115,7 @@ class Planner:
           state: what is kept for each parameter.
           grads: by parameter, whatever is not ``None``.
           tally: of the steps that were skipped.
+          skips: whether this one may be.
           together: one bucket for each algorithm, in the order of ``grads``; as it always is for a rule that takes all
             parameters at once.
         """
@@ -144,7 +146,7 @@ class Planner:
                 buckets.append(Bucket(self._handover, first.definition, scalars, parts, shared, tally))
             self.plan = plan = Plan(key, buckets, list(grads))
         known: dict[tuple[int, int], Any] = {}
-        return plan, [bucket.scalars(hypers, known, tally) for bucket in plan.buckets]
+        return plan, [bucket.scalars(hypers, known, tally, skips) for bucket in plan.buckets]
 
     def resolved(self, groups: Sequence[Mapping[str, Any]], index: int) -> tuple[Any, Any]:
         """A group's hyperparameters and flags; the same again until somebody edits the group."""

@@ -76,8 +76,8 @@ class Stepper:
 
         def plan() -> Launch:
             grads = {parameter: own_memory(grad) for parameter, grad in gradients() if grad is not None}
-            tally = watch.tally.settled()
-            plan, rows = self.planner.planned(groups, state, grads, tally)
+            tally, skips = watch.tally.settled(), bool(guard.skip_nonfinite)
+            plan, rows = self.planner.planned(groups, state, grads, tally, skips)
             limits = guard.limits(list(grads.values()), measure)
             if not grads:
                 watch.norm = limits.norm
@@ -108,11 +108,11 @@ class Stepper:
         def plan() -> Launch:
             call = self.call_of(groups, handed, loss_function, given)
             grads = dict(zip(call.parameters, call.differentiated, strict=True))  # which have their shapes
-            tally = watch.tally.settled()
-            plan, rows = self.planner.planned(groups, state, grads, tally, together=True)
+            tally, skips = watch.tally.settled(), bool(guard.skip_nonfinite)
+            plan, rows = self.planner.planned(groups, state, grads, tally, skips, together=True)
             slots = [bucket.store.slots for bucket in plan.buckets]
             params = distinct(call.differentiated, call.traced) if donate else call.differentiated
-            take, limit, skips = plan.commit(state, watch, tally), guard.limit, bool(guard.skip_nonfinite)
+            take, limit = plan.commit(state, watch, tally), guard.limit
 
             def commit(results: list[Any]) -> list[tuple[Any, str, Any]]:
                 ((new_slots, new_params, _, _, changed, norm, counts),) = results

@@ -9,6 +9,8 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from optimjax._storage.placement import alongside
+
 __all__ = ["Tally", "Watch"]
 
 AHEAD = 8  # steps that may run while the next one is planned, and may be skipped: most that a device needs to be busy
@@ -50,15 +52,20 @@ class Tally(NamedTuple):
         """The number as an int32 scalar, which is not waited for."""
         return jnp.int32(self.known) + _skipped(self.pending)
 
-    def chosen(self, rows_at: Callable[[int], Any]) -> Any:
-        """The scalars of a step, where ``rows_at`` has them for a number of skipped steps."""
-        if not self.pending:
+    def chosen(self, rows_at: Callable[[int], Any], skips: bool, like: Any) -> Any:
+        """The scalars of a step, where ``rows_at`` has them for a number of skipped steps.
+
+        An optimizer that ``skips`` has them on the device always, where its parameters are (``like`` is one): in
+        another place they would be compiled for once more.
+        """
+        if not self.pending and not skips:
             return rows_at(self.known)
         outcomes = [rows_at(self.known + more) for more in range(len(self.pending) + 1)]
         missing = max(AHEAD - len(self.pending), 0)  # filled up, so that one program does for any number
         outcomes += outcomes[-1:] * missing
         pending = *self.pending, *[np.True_] * missing
-        return _choose(outcomes if _traced(outcomes) else np.array(outcomes), pending)
+        rows = _choose(outcomes if _traced(outcomes) else np.array(outcomes), pending)
+        return alongside(rows, like)
 
 
 class Watch:

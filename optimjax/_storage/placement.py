@@ -8,7 +8,18 @@ import jax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
-__all__ = ["automatic", "canonical", "divided", "explicit", "pin", "pinned", "place", "resharded", "sharding_of"]
+__all__ = [
+    "alongside",
+    "automatic",
+    "canonical",
+    "divided",
+    "explicit",
+    "pin",
+    "pinned",
+    "place",
+    "resharded",
+    "sharding_of",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -59,6 +70,18 @@ def place(array: jax.Array, param: Any, present: Any = None) -> jax.Array:
     if sharding is None or present.shape != array.shape:
         sharding = _along(array.shape, param, sharding_of(param))
     return array if sharding is None else jax.device_put(array, sharding)
+
+
+def alongside(array: jax.Array, param: Any) -> jax.Array:
+    """The array, whole, on each device that the parameter was put on."""
+    if isinstance(param, Tracer) or isinstance(array, Tracer) or not getattr(param, "committed", False):
+        return array
+    sharding = param.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    elif len(sharding.device_set) > 1:
+        return array
+    return jax.device_put(array, sharding)
 
 
 def _along(shape: tuple[int, ...], param: Any, sharding: Any) -> Any:

@@ -13,6 +13,7 @@ from cases import EVERY, Case
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import assert_same_places, every_kind, mesh_of, placed, spread
 
 import optimjax as optim
 
@@ -22,16 +23,6 @@ WHOLE = {
 }
 SPECS = {"b": P(), "w": P("d", None)}
 X = np.random.default_rng(1).normal(size=(8, 16)).astype(np.float32)
-KINDS = [AxisType.Auto, AxisType.Explicit]
-every_kind = pytest.mark.parametrize("kind", KINDS, ids=["auto", "explicit"])
-
-
-def mesh_of(kind: Any) -> Any:
-    return jax.make_mesh((8,), ("d",), axis_types=(kind,))
-
-
-def spread(tree: Any, mesh: Any, specs: Any) -> Any:
-    return {name: jax.device_put(array, NamedSharding(mesh, specs[name])) for name, array in tree.items()}
 
 
 def loss_fn(params: Any, x: Any) -> Any:
@@ -55,22 +46,6 @@ def by_backward(optimizer: Any, x: Any) -> None:
 
 
 STEPS = [by_loss, by_gradients, by_backward]
-
-
-def placed(optimizer: Any) -> dict[Any, Any]:
-    """Where everything is."""
-    found: dict[Any, Any] = dict(optimizer.params)
-    for index, box in enumerate(optimizer.param_groups[0]["params"]):
-        for name, value in optimizer.state.get(box, {}).items():
-            found |= {(index, name, place): leaf for place, leaf in enumerate(jax.tree.leaves(value))}
-    return {key: (array.shape, array.sharding) for key, array in found.items() if isinstance(array, jax.Array)}
-
-
-def assert_same_places(before: dict[Any, Any], after: dict[Any, Any]) -> None:
-    assert before.keys() <= after.keys()  # the history of LBFGS grows
-    for key, (shape, sharding) in before.items():
-        assert len(sharding.device_set) == 8, key
-        assert sharding.is_equivalent_to(after[key][1], len(shape)), key
 
 
 def grid() -> list[Any]:

@@ -35,7 +35,7 @@ def test_donate_updates_parameters_in_place(by_loss: bool) -> None:
 def test_with_donate_a_compiled_step_needs_no_memory_of_its_own(usual: Any) -> None:
     optimizer = optim.Adam([jnp.ones((256, 256)) for _ in range(3)], lr=0.1)
     grads = {box: jnp.ones((256, 256)) for box in optimizer.param_groups[0]["params"]}
-    plan, rows = optimizer._stepper.planner.planned(optimizer.param_groups, optimizer.state, grads, Tally())
+    plan, rows = optimizer._stepper.planner.planned(optimizer.param_groups, optimizer.state, grads, Tally(), False)
     (call,) = plan.calls(grads, rows, True, FREE)
     compiled = update_bucket.donating((1, 2)).lower(*call.args).compile(usual)
     memory: Any = compiled.memory_analysis()

@@ -231,9 +231,11 @@ def test_a_tally_never_forgets() -> None:
         assert tally.total == tally.array == step // 4 + 1
 
 
+@pytest.mark.parametrize("committed", [False, True])
 @pytest.mark.parametrize("form", ["loss", "gradients"])
-def test_values_compile_nothing(form: str, compilations: Any) -> None:
-    optimizer = optim.Adam(START, lr=0.1, max_grad_norm=1.0, skip_nonfinite=True)
+def test_values_compile_nothing(form: str, committed: bool, compilations: Any) -> None:
+    start = jax.device_put(START, jax.devices()[0]) if committed else START
+    optimizer = optim.Adam(start, lr=0.1, max_grad_norm=1.0, skip_nonfinite=True)
     step = (lambda g: optimizer.step(product, g)) if form == "loss" else optimizer.step
     for given in (GOOD, BAD, GOOD):
         step(given)

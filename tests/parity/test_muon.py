@@ -216,7 +216,7 @@ def test_groups_share_products_where_only_numbers_differ() -> None:
         ]
     )
     grads = {box: jnp.ones((8, 16)) for group in optimizer.param_groups for box in group["params"]}
-    plan, rows = optimizer._stepper.planner.planned(optimizer.param_groups, optimizer.state, grads, Tally())
+    plan, rows = optimizer._stepper.planner.planned(optimizer.param_groups, optimizer.state, grads, Tally(), False)
     (call,) = plan.calls(grads, rows, False, FREE)
     text = update_bucket.donating((1,)).lower(*call.args).as_text()
     assert products(text) == 6  # five matrices, and one
