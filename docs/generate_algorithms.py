@@ -148,8 +148,8 @@ def argument_table(cls: type[Optimizer], arguments: dict[str, str]) -> str:
             kind, default = cls.definition.hyperparameters.kinds.get(name), parameters[name].default
             if isinstance(kind, Ignored):
                 ignored.append(f"``{name}={default!r}``")
-            elif name == "params":
-                rows.append(("``params``", "", "", text))
+            elif name in ("params", "options"):
+                rows.append((f"``{name}``", "", "", text))
             else:
                 rows.append((f"``{name}``", f"``{default!r}``", legal_values(kind, default), text))
     arguments_table = table(("Argument", "Default", "Values", ""), rows, widths=(20, 20, 15, 45))
@@ -181,7 +181,11 @@ def all_on(entry: Entry) -> dict[str, Any]:
     return {
         name: 1.0 if isinstance(kinds[name], Numeric) else True
         for name, parameter in inspect.signature(entry.factory).parameters.items()
-        if (isinstance(kinds[name], Structural) and parameter.default is False) or getattr(kinds[name], "switch", False)
+        if name in kinds
+        and (
+            (isinstance(kinds[name], Structural) and parameter.default is False)
+            or getattr(kinds[name], "switch", False)
+        )
     }
 
 

@@ -130,6 +130,7 @@ def train(
     """Train a new classifier and measure it; ``report`` is called with the loss after each step."""
     model = Classifier(nnx.Rngs(seed))
     optimizer = make_optimizer(model)
+    optimizer.max_grad_norm = 1.0  # clipped within the step
     steps = epochs * data.batches_per_epoch
     scheduler = optim.lr_scheduler.LambdaLR(optimizer, warm_up_cosine(max(1, steps // 10), steps))
     group = optimizer.param_groups[0]
@@ -138,7 +139,7 @@ def train(
     for images, labels in data.batches(epochs, seed):
         factors.append(group["lr"] / group["initial_lr"])
         start = time.perf_counter()
-        loss = optimizer.step(loss_fn, images, labels)  # value, gradient and update in one compiled program
+        loss = optimizer.step(loss_fn, images, labels)  # value, gradient, clipping and update in one program
         loss.block_until_ready()
         seconds.append(time.perf_counter() - start)
         scheduler.step()

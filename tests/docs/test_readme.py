@@ -21,7 +21,8 @@ def test_code_runs():
     printed = pages.run(ROOT / "README.md")
     assert [line.split(":")[0] for line in printed[:2]] == ["PyTorch", "optimjax"]
     assert all(float(line.split(":")[1]) < 1e-3 for line in printed[:2]), printed
-    first, last = re.fullmatch(r"(\S+) -> (\S+) in 300 steps", printed[2]).groups()
+    assert re.fullmatch(r"norm \d\.\d\d, skipped 0", printed[2])
+    first, last = re.fullmatch(r"(\S+) -> (\S+) in 300 steps", printed[3]).groups()
     assert float(last) < 1e-2 * float(first)
 
 
