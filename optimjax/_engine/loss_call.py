@@ -22,7 +22,8 @@ from optimjax._core.foreign import from_tensor, is_nnx, nnx
 from optimjax._core.tree import dotted
 from optimjax._engine.interned import interned
 from optimjax._params.parameter import Parameter, value_of
-from optimjax._params.variable import VariableParameter
+from optimjax._params.snapshot import Snapshot
+from optimjax._params.variable import VariableParameter, holds_array, read, write
 from optimjax._storage.placement import pin, pinned
 
 __all__ = ["CallCache", "CallStructure", "LossArguments", "LossCall"]
@@ -73,6 +74,7 @@ class Role(enum.Enum):
     PARAMETER = enum.auto()  # before it is known whether it is differentiated or traced
 
 
+_NOT_LEAVES = {tuple, list, dict, int, float, bool, str, type(None), np.ndarray}
 Leaf = tuple[Role, Any]  # with the index among what has this role; of what is static, the leaf itself
 
 
@@ -190,6 +192,8 @@ class LossCall:
                 traced.append(own_memory(from_tensor(value_of(leaves[source]))))
             elif isinstance(source, jax.Array):
                 traced.append(source)
+            elif holds_array(source):
+                traced.append(read(source))
             else:
                 traced.extend(jax.tree.leaves(source.get_value()))
         values = [parameter.value for parameter in self.parameters]
@@ -206,8 +210,11 @@ class LossCall:
             self.parameters[index]._write(value)
         values = iter(changed)
         for variable in self.variables:
-            leaves, treedef = jax.tree.flatten(variable.get_value())
-            variable.set_value(treedef.unflatten([next(values) for _ in leaves]))
+            if holds_array(variable):
+                write(variable, next(values))
+            else:
+                leaves, treedef = jax.tree.flatten(variable.get_value())
+                variable.set_value(treedef.unflatten([next(values) for _ in leaves]))
 
 
 class CallCache:
@@ -215,6 +222,8 @@ class CallCache:
 
     def __init__(self) -> None:
         self._key: Any = None
+        self._structure: Any = None
+        self._snapshot = Snapshot(())
         self._call: Any = None
 
     def __call__(self, given: LossArguments, parameters: Sequence[Parameter], model: tuple[Any, ...] = ()) -> LossCall:
@@ -237,11 +246,14 @@ class CallCache:
         how = bool(given.has_aux), int(given.micro_batches)
         if how[1] > 1:
             _check_divides(whole, roles, how[1], len(model))
-        key = (treedef, roles, types, list(map(id, wanted)), how, _structure(modules))
-        if self._key is None or key[-1] is None or key != self._key:
-            self._key = None  # for an interrupt between the two
-            self._call = _Parts(wanted).of_call(treedef, roles, modules, *how)
-            self._key = key
+        key = (treedef, roles, types, list(map(id, wanted)), how)
+        if key != self._key or not self._snapshot.holds(modules):
+            structure = _structure(modules)
+            if structure is None or structure != self._structure or key != self._key:
+                self._key = None  # for an interrupt in between
+                self._call = _Parts(wanted).of_call(treedef, roles, modules, *how)
+                self._structure, self._key = structure, key
+            self._snapshot = Snapshot(modules)
         return self._call.filled(leaves)
 
     def __reduce__(self) -> Any:
@@ -268,7 +280,8 @@ def _role(leaf: Any, fixed: bool) -> Leaf:
 
 
 def _is_leaf(x: Any) -> bool:
-    return isinstance(x, Parameter) or is_nnx(x)
+    # Asked for each node of the arguments in each step, and what most of them are is known by their type alone.
+    return type(x) not in _NOT_LEAVES and (isinstance(x, Parameter) or is_nnx(x))
 
 
 def _check_divides(arguments: Any, roles: Sequence[Leaf], parts: int, before: int) -> None:

@@ -1,18 +1,55 @@
 """Parameters bound to the variables of ``flax.nnx`` modules."""
 
 import copy
+import functools
 import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax import Array
+from jax.core import Tracer
 
 from optimjax._core.foreign import is_nnx, nnx
 from optimjax._core.tree import dotted, is_inexact_array
 from optimjax._params.parameter import Parameter, flatten, unflatten
 
-__all__ = ["VariableParameter", "module_parameters", "parameter_of"]
+__all__ = ["VariableParameter", "holds_array", "module_parameters", "parameter_of", "read", "write"]
+
+
+def read(variable: Any) -> Any:
+    """``variable.get_value()``, which flax.nnx copies as a tree; here an array is taken as it is."""
+    if holds_array(variable) and "on_get_value" not in variable._var_metadata:
+        return variable._raw_value
+    return variable.get_value()
+
+
+def write(variable: Any, value: Any) -> None:
+    """``variable.set_value(value)``, in the same way."""
+    if holds_array(variable) and _is_concrete(type(value)) and "on_set_value" not in variable._var_metadata:
+        variable._raw_value = value
+    else:
+        variable.set_value(value)
+
+
+def holds_array(variable: Any) -> bool:
+    """Whether a variable holds one array, which it reads and writes as flax.nnx does by itself."""
+    return _is_plain(type(variable)) and _is_concrete(type(variable._raw_value))
+
+
+@functools.cache
+def _is_plain(kind: Any) -> bool:
+    """Whether variables of this class are read and written as all are, and keep their value where they do today."""
+    base, names = nnx().Variable, ("get_value", "set_value", "__setattr__", "__getattribute__")
+    return {"_raw_value", "_var_metadata"} <= set(getattr(base, "__slots__", ())) and all(
+        getattr(kind, name, None) is getattr(base, name, None) for name in names
+    )
+
+
+@functools.cache
+def _is_concrete(kind: type) -> bool:
+    """Whether this is a class of arrays, neither of tracers nor of references to arrays."""
+    return issubclass(kind, jax.Array) and not issubclass(kind, Tracer) and hasattr(kind, "addressable_shards")
 
 
 class VariableParameter(Parameter):
@@ -29,7 +66,7 @@ class VariableParameter(Parameter):
     @property
     def value(self) -> Array:
         """The variable's array."""
-        return self.variable.get_value()
+        return read(self.variable)
 
     @value.setter
     def value(self, value: Any) -> None:
@@ -37,7 +74,7 @@ class VariableParameter(Parameter):
 
     def _write(self, value: Array) -> None:
         """Set the variable's array without checks."""
-        self.variable.set_value(value)
+        write(self.variable, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "VariableParameter":
         # The copy belongs to the copy of its module: of one that the same deepcopy has copied before, else of the root.
