@@ -20,6 +20,7 @@ FLOORS = [
     "algorithms.parts",
     "algorithms",
     "swa_utils",
+    "sweeps",
     "plot",
     "functional",
     "interop",
