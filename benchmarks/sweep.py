@@ -16,6 +16,7 @@ draws the losses of a sweep over rates and one over rates and weight decay.
 import argparse
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import jax
@@ -24,58 +25,12 @@ import numpy as np
 import torch
 
 import optimjax as optim
-from optimjax import functional as F
+from optimjax._command.neighbours import Neighbours
 from optimjax._command.timing import interleaved, timed
+from optimjax._command.workloads import sweeps, torch_training, train
 from optimjax.demo import Data
 
-WIDTH, EVERY = 64, 8
-
-
-def weights() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    first, second = rng.normal(size=(64, WIDTH)) / 8, rng.normal(size=(WIDTH, 10)) / 8
-    arrays = {"w1": first, "b1": np.zeros(WIDTH), "w2": second, "b2": np.zeros(10)}
-    return {name: array.astype(np.float32) for name, array in arrays.items()}
-
-
-def loss_fn(params: Any, images: Any, labels: Any) -> Any:
-    hidden = jax.nn.relu(images @ params["w1"] + params["b1"])
-    log_probabilities = jax.nn.log_softmax(hidden @ params["w2"] + params["b2"])
-    return -jnp.take_along_axis(log_probabilities, labels[:, None], axis=1).mean()
-
-
-def train(images: Any, labels: Any, lr: Any, weight_decay: Any = 1e-2) -> Any:
-    """The losses of one training, of which a sweep makes many."""
-    adamw = F.adamw(lr=lr, weight_decay=weight_decay)
-
-    def step(carry: Any, batch: Any) -> Any:
-        params, state = carry
-        loss, grads = jax.value_and_grad(loss_fn)(params, *batch)
-        return adamw.update(params, grads, state), loss
-
-    params = jax.tree.map(jnp.asarray, weights())
-    return jax.lax.scan(step, (params, adamw.init(params)), (images, labels))[1]
-
-
-def torch_run(images: Any, labels: Any, lr: float, threads: int, fused: bool | None) -> np.ndarray:
-    torch.set_num_threads(threads)
-    start = weights()
-    layers = torch.nn.Linear(64, WIDTH), torch.nn.Linear(WIDTH, 10)
-    model = torch.nn.Sequential(layers[0], torch.nn.ReLU(), layers[1])
-    with torch.no_grad():
-        for index, layer in enumerate(layers, 1):
-            layer.weight.copy_(torch.from_numpy(start[f"w{index}"].T))
-            layer.bias.copy_(torch.from_numpy(start[f"b{index}"]))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=fused)
-    criterion = torch.nn.CrossEntropyLoss()
-    losses = []
-    for batch, digits in zip(images, labels, strict=True):
-        optimizer.zero_grad()
-        loss = criterion(model(batch), digits)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses).numpy()
+EVERY = 8
 
 
 def main() -> None:
@@ -85,23 +40,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", help="where the picture goes")
     options = parser.parse_args()
-    data, threads = Data.load(), torch.get_num_threads()
-    images, labels = map(jnp.stack, zip(*list(data.batches(99, 0))[: options.steps], strict=True))
+    data, neighbours, threads = Data.load(), Neighbours.find(), torch.get_num_threads()
+    images, labels = (np.stack(column) for column in zip(*islice(data.batches(99, 0), options.steps), strict=True))
     rates = np.geomspace(1e-4, 1, options.rates)
-    tensors = torch.tensor(np.asarray(images)), torch.tensor(np.asarray(labels)).long()
-    ours = partial(train, images, labels)
-    one = jax.jit(ours)
 
-    runs: dict[str, Callable[[], Any]] = {
-        "optimjax.sweep": lambda: optim.sweep(ours, lr=rates).values,
-        "one run after the other, jax.jit": lambda: [one(rate) for rate in rates.astype(np.float32)],
-    }
-    for fused in (None, True):
-        for count in dict.fromkeys((threads, 1)):
-            name = f"PyTorch, {'fused' if fused else 'default'}, {count} thread{'s' * (count > 1)}"
-            runs[name] = lambda fused=fused, count=count: [
-                torch_run(*tensors, rate, count, fused) for rate in rates[::EVERY].tolist()
-            ]
+    def with_threads(run: Callable[[], Any], count: int) -> Any:
+        torch.set_num_threads(count)
+        return run()
+
+    runs = {}
+    for name, run in sweeps(neighbours, images, labels, rates, EVERY).items():
+        if "PyTorch" in name:
+            for count in dict.fromkeys((threads, 1)):
+                runs[f"{name}, {count} thread{'s' * (count > 1)}"] = partial(with_threads, run, count)
+        else:
+            runs[name] = run
     first = timed(runs["optimjax.sweep"])
     timings = interleaved(runs, rounds=options.rounds, warm_up=1)
     for name in timings.seconds:
@@ -115,9 +68,11 @@ def main() -> None:
         ratio = timings.ratio("optimjax.sweep", name)
         print(f"| {name} | {timings.median(name):.3f} | {ratio:.3f} | {low:.3f} to {high:.3f} |", flush=True)
 
-    result = optim.sweep(ours, lr=rates)
+    ours = partial(train, jnp.asarray(images), jnp.asarray(labels))
+    one, result = jax.jit(ours), optim.sweep(ours, lr=rates)
     separate = np.stack([one(rate) for rate in rates.astype(np.float32)])
-    theirs = np.stack([torch_run(*tensors, rate, 1, None) for rate in rates.tolist()])
+    tensors = torch.from_numpy(images), torch.from_numpy(labels).long()
+    theirs = np.stack([torch_training(neighbours, *tensors, rate, None) for rate in rates.tolist()])
     for name, other in (("separate runs", separate), ("PyTorch", theirs)):
         apart = np.abs(np.asarray(result.values) - other) / np.abs(other)
         for steps in (20, options.steps):

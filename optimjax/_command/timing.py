@@ -10,7 +10,8 @@ import jax
 
 __all__ = ["Timings", "interleaved", "timed"]
 
-AT_LEAST = 5  # turns, however long they take
+AT_LEAST = 5  # turns, also where they take longer than they should
+PATIENCE = 3  # unless it is so many times longer: then two
 
 
 @dataclass(frozen=True)
@@ -59,24 +60,29 @@ def interleaved(
     Args:
       runs: what is timed, by name; each returns the arrays to wait for.
       rounds: how many turns, at least 2.
-      seconds: instead, for how long; five turns at least.
-      warm_up: turns before that which are not counted: they compile, and fill caches.
+      seconds: instead, for how long; five turns at least, unless they take three times as long, then two.
+      warm_up: turns before that which are not counted: they compile, and fill caches. A slow one is the last of them.
 
     >>> timings = interleaved({"short": lambda: sum(range(10)), "long": lambda: sum(range(100_000))}, rounds=5)
     >>> timings.ratio("short", "long") < 0.5
     True
     """
     taken: dict[str, list[float]] = {name: [] for name in runs}
-    names, turn, end = list(runs), 0, None
-    while True:
-        if turn == warm_up and seconds is not None:
-            end = time.perf_counter() + seconds
-        counted = turn - warm_up
-        if counted == rounds or (end is not None and counted >= AT_LEAST and time.perf_counter() > end):
-            return Timings(taken)
+    names, turn, begin = list(runs), 0, time.perf_counter()
+    while warm_up or not _is_enough(len(taken[names[0]]), time.perf_counter() - begin, rounds, seconds):
         first = turn % len(names)  # another one begins each turn, because what ran before has filled the caches
         for name in names[first:] + names[:first]:
             spent = timed(runs[name])
-            if counted >= 0:
+            if not warm_up:
                 taken[name].append(spent)
         turn += 1
+        if warm_up:
+            late = seconds is not None and time.perf_counter() - begin > seconds
+            warm_up, begin = 0 if late else warm_up - 1, time.perf_counter()
+    return Timings(taken)
+
+
+def _is_enough(turns: int, spent: float, rounds: int | None, seconds: float | None) -> bool:
+    if seconds is None:
+        return turns == rounds
+    return spent > seconds and turns >= (AT_LEAST if spent < PATIENCE * seconds else 2)

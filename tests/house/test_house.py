@@ -26,6 +26,7 @@ FLOORS = [
     "interop",
     "",  # optimjax/__init__.py
     "demo",
+    "_command",
     "__main__",
 ]
 DOORS = ["rule", "optimizer", "functional", ""]
