@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 import optimjax
+from optimjax._core.processors import usable_cores
 
 __all__ = ["facts", "lines"]
 
@@ -52,7 +53,7 @@ def facts() -> dict[str, Any]:
         "system": {
             "platform": platform.platform(),
             "processor": _processor(),
-            "cores": _cores(),
+            "cores": usable_cores(),
             "memory_gb": _memory(),
             "compiler": next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None),
         },
@@ -108,11 +109,6 @@ def _processor() -> str:
     except OSError:  # only Linux has it
         pass
     return platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    """Those that this process may use, which a container may have made fewer."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _memory() -> float | None:

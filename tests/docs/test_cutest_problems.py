@@ -71,7 +71,7 @@ def test_at_the_minimum(x64: None, name: str) -> None:
     np.testing.assert_allclose(grad, 0, atol=1e-9)
 
 
-FITTED = ("BROWNDEN", "JENSMP", "KOWOSB", "OSBORNEB", "CHEBYQAD", "PENALTY1", "PENALTY2")
+FITTED = ("BROWNDEN", "JENSMP", "KOWOSB", "OSBORNEB", "CHEBYQAD")
 
 
 @pytest.mark.parametrize("name", FITTED)

@@ -12,7 +12,7 @@ import pytest
 
 import optimjax as optim
 from optimjax import functional as F
-from optimjax import schedules
+from optimjax import schedules, sweeps
 from optimjax.sweeps import Sweep
 
 STEPS = 30
@@ -68,17 +68,27 @@ def test_runs_in_single_precision_are_the_separate_ones_within_rounding() -> Non
         np.testing.assert_allclose(losses, jax.jit(train)(lr=lr), rtol=2e-5)
 
 
-@pytest.mark.parametrize("at_once", [1, 4, 5, 6, 100])
-def test_in_parts_it_is_the_same(at_once: int) -> None:
-    def weigh(a: Any, b: Any) -> Any:
-        return {"sum": a + b, "both": jnp.stack([a, b])}
+@pytest.mark.parametrize("cores", [1, 2, 4])
+@pytest.mark.parametrize("at_once", [None, 1, 4, 5, 6, 100])
+def test_in_parts_and_threads_it_is_the_same(monkeypatch: Any, at_once: int | None, cores: int) -> None:
+    monkeypatch.setattr(sweeps, "usable_cores", lambda: cores)
+    runs = []
 
-    whole = optim.sweep(weigh, a=[1.0, 2.0, 3.0], b=[10.0, 20.0])
-    parts = optim.sweep(weigh, at_once=at_once, a=[1.0, 2.0, 3.0], b=[10.0, 20.0])
-    np.testing.assert_array_equal(whole.values["sum"], [[11, 21], [12, 22], [13, 23]])
-    for key in ("sum", "both"):
-        np.testing.assert_array_equal(whole.values[key], parts.values[key])
-    assert parts.values["both"].shape == (3, 2, 2)
+    def seen(a: Any) -> Any:
+        runs.append(float(a))
+        return np.asarray(a)
+
+    def weigh(a: Any, b: Any) -> Any:
+        seen_a = jax.pure_callback(seen, jax.ShapeDtypeStruct((), a.dtype), a, vmap_method="sequential")
+        return {"sum": seen_a + b, "both": jnp.stack([a, b])}
+
+    result = optim.sweep(weigh, at_once=at_once, a=[1.0, 2.0, 3.0], b=[10.0, 20.0])
+    np.testing.assert_array_equal(result.values["sum"], [[11, 21], [12, 22], [13, 23]])
+    np.testing.assert_array_equal(result.values["both"][..., 0], [[1, 1], [2, 2], [3, 3]])
+    assert result.values["both"].shape == (3, 2, 2)
+    each = min(at_once or 6, 6)
+    size = -(-each // min(cores, each))
+    assert len(runs) == -(-6 // size) * size  # some runs are made twice, so that there is one program
 
 
 def test_it_is_compiled_once_for_each_function(compilations: Callable[[], int]) -> None:
