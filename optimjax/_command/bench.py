@@ -132,21 +132,22 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
     )
     if "torch_threads" in machine:
         threads = machine["torch_threads"]
-        yield f"PyTorch has {threads} threads (OMP_NUM_THREADS=1 may be faster where others use the cores)"
+        few = "" if threads == 1 else "s (OMP_NUM_THREADS=1 may be faster where others use the cores)"
+        yield f"PyTorch has {threads} thread{few}"
     yield f"memory is read and written at {found['copy_gb_per_s']:.1f} GB/s"
     for case in found["cases"]:
         yield ""
         yield f"{case['title']}; {case['turns']} turns"
         bound = "GB/s" if case["bytes"] else ""
-        yield f"  {'':30}{'first s':>9}{'median ms':>11}{bound:>7}   ours of it (middle half)"
+        yield f"  {'':30}{'first s':>9}{'median ms':>11}{bound:>7}   ours / it (middle half)"
         for index, one in enumerate(case["contenders"]):
             speed = f"{case['bytes'] / one['median_s'] / 1e9:.1f}" if case["bytes"] else ""
             low, high = one["quartiles"]
             ratio = f"{one['ours_of_it']:.2f} ({low:.2f} to {high:.2f})" if index else "1"
             yield f"  {one['name']:30}{one['first_s']:9.2f}{1e3 * one['median_s']:11.2f}{speed:>7}   {ratio}"
     yield ""
-    yield "Contenders take turns. The last column is the time of the first line in that of this line, the median over"
-    yield "the turns: below 1, optimjax is faster. The first call includes making the state, and compiling."
+    yield "Contenders take turns. The last column is the time of the first line, ours, divided by that of the line"
+    yield "itself, the median over the turns: below 1, ours is faster. The first call makes the state and compiles."
     if any(case["bytes"] for case in found["cases"]):
         yield "GB/s counts what AdamW cannot but read and write, 28 bytes for each parameter."
     for reason in found["left_out"].values():
