@@ -107,6 +107,7 @@ def sweep(function: Callable[..., Any], /, *, at_once: int | None = None, **axes
       TypeError: the function does not take these names, or the values are not numbers. What decides what is compiled
         (an algorithm, ``nesterov``, the width of a layer) cannot be swept: make a sweep for each.
       ValueError: no axes, values that are not a sequence, or none of them; ``at_once`` is not positive.
+      RuntimeError: called inside a function that is being transformed.
 
     >>> import jax, jax.numpy as jnp, optimjax as optim
     >>> def train(lr, momentum):
@@ -141,7 +142,12 @@ def _run(program: Any, columns: dict[str, np.ndarray], total: int, at_once: int 
     the others idle: 64 runs of 200 steps of a small network took 0.38 of the time on two cores.
     """
     each = total if at_once is None else min(at_once, total)
-    on_cpu = all(device.platform == "cpu" for device in jnp.zeros(()).devices())
+    probe = jnp.zeros(())
+    if isinstance(probe, jax.core.Tracer):
+        raise RuntimeError(
+            "sweep was called under jax.jit or the like, but compiles and runs by itself: there, use jax.vmap"
+        )
+    on_cpu = all(device.platform == "cpu" for device in probe.devices())
     threads = min(usable_cores(), each) if on_cpu else 1
     size = -(-each // threads)
 

@@ -199,6 +199,11 @@ def test_what_is_no_function_is_refused() -> None:
         optim.sweep(3, lr=[0.1])  # pyright: ignore[reportArgumentType]
 
 
+def test_under_a_transformation_the_remedy_is_named() -> None:
+    with pytest.raises(RuntimeError, match=r"there, use jax\.vmap"):
+        jax.jit(lambda y: optim.sweep(lambda x: x * y, x=[1.0, 2.0]).values)(3.0)
+
+
 def test_flags_that_decide_what_is_compiled_say_so() -> None:
     with pytest.raises(TypeError, match="nesterov decides what is compiled"):
         optim.sweep(regression(lambda nesterov: F.sgd(momentum=0.9, nesterov=nesterov)), nesterov=[False, True])
