@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from optimjax._core.processors import usable_cores
 
@@ -144,7 +145,7 @@ def _run(program: Any, columns: dict[str, np.ndarray], total: int, at_once: int 
     """
     each = total if at_once is None else min(at_once, total)
     probe = jnp.zeros(())
-    if isinstance(probe, jax.core.Tracer):
+    if isinstance(probe, Tracer):
         raise RuntimeError(
             "sweep was called under jax.jit or the like, but compiles and runs by itself: there, use jax.vmap"
         )
