@@ -71,6 +71,8 @@ bench: .venv/test ## time a step alongside optax and PyTorch, and measure where 
 	$(BIN)/python benchmarks/sparse.py
 	$(BIN)/python benchmarks/clip.py
 	$(BIN)/python benchmarks/muon.py --layers 2
+	$(BIN)/python benchmarks/sweep.py
+	$(BIN)/python benchmarks/lbfgs.py
 
 mutations: .venv/test ## break the library in 40 places and see whether the tests notice: about an hour
 	$(BIN)/python tests/mutations.py

@@ -16,11 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from step import gpt2, mlp
 
 import optimjax as optim
-
-Shapes = list[tuple[int, ...]]
+from optimjax._command.workloads import Shapes, gpt2, mlp
 
 
 def deep() -> Shapes:

@@ -1,34 +1,41 @@
 """L-BFGS on unconstrained problems of CUTEst: ours, PyTorch's, optax's and SciPy's.
 
-`pip install ".[bench]"`, then `python benchmarks/lbfgs.py [--variables 200] [names...]` prints a table in Markdown.
+`pip install ".[test]"`, then `python benchmarks/lbfgs.py [--rounds 7] [names...]` prints tables in Markdown.
 
-The problems are those of `sif2jax` without constraints whose optimal value f* it documents, up to a number of
-variables. A run has **reached** the optimum where
+The problems are in `cutest_problems.py`. A run has **reached** the minimum where
 
     f <= f* + 1e-4 |f*| + 1e-8
 
-for documented values have about five digits. All run in float64 with a history of 10 pairs, a first trial step of 1 and
-a line search, until no element of the gradient is larger than 1e-6, nothing moves any more, or after 5000
-evaluations of value and gradient together. Times are the best of three runs after compiling. Ours and optax's are one
-compiled program for the whole run; PyTorch and SciPy call a compiled function.
+with the documented least value f*, of which six digits are known; ✗ stands where it has not. All run in float64 with a
+history of 10 pairs, a first trial step of 1 and a line search, until no element of the gradient is larger than 1e-6,
+nothing moves any more, or after 5000 evaluations of value and gradient together. Solvers take turns; times are medians
+over the rounds, after compiling. Ours and optax's are one compiled program for the whole run; PyTorch and SciPy call a
+compiled function, and have one thread, because more make so little work slower.
+
+"optimjax, 10⁶ f" minimizes the function a million times as large, with tolerances as much larger. PyTorch, and so do
+we, stores a pair (s, y) only where y · s > 1e-10. Close to the minimum of a small function that keeps every pair out,
+and the directions are made from old ones.
 """
 
 import argparse
 import contextlib
-import time
+import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy
 import scipy.optimize
-import sif2jax  # pyright: ignore[reportMissingImports]
 import torch
-from jax.flatten_util import ravel_pytree
+from cutest_problems import PROBLEMS, Problem
+from threadpoolctl import threadpool_limits
 
 from optimjax import functional as F
+from optimjax._command.timing import interleaved
 
 HISTORY = 10
 GRADIENT = 1e-6
@@ -49,15 +56,17 @@ class Run(NamedTuple):
     value: float
     evaluations: int
     seconds: float
+    ratio: float  # of our time to its
     reached: bool
 
 
-def ours(f: Callable[..., Any]) -> Callable[..., Any]:
-    algorithm = F.lbfgs(**OPTIONS)
+def ours(f: Callable[..., Any], scale: float = 1) -> Callable[..., Any]:
+    tolerances = {name: scale * value for name, value in OPTIONS.items() if "tolerance" in name}
+    algorithm = F.lbfgs(**OPTIONS | tolerances)
 
     @jax.jit
     def solve(x: jax.Array) -> Any:
-        x, state = algorithm.update(x, None, algorithm.init(x), loss_fn=f)
+        x, state = algorithm.update(x, None, algorithm.init(x), loss_fn=lambda x: scale * f(x))
         return x, state.func_evals
 
     return solve
@@ -122,77 +131,76 @@ def of_scipy(f: Callable[..., Any]) -> Callable[..., Any]:
     return solve
 
 
-SOLVERS = {"optimjax": ours, "torch": of_torch, "optax": of_optax, "scipy": of_scipy}
+SOLVERS = {
+    "optimjax": ours,
+    "optimjax, 10⁶ f": partial(ours, scale=1e6),
+    "torch": of_torch,
+    "optax": of_optax,
+    "scipy": of_scipy,
+}
 
 
-def measure(problem: Any) -> dict[str, Run]:
-    x, unravel = ravel_pytree(problem.y0)
-    x, args, best = x.astype(jnp.float64), problem.args, float(problem.expected_objective_value)
-
-    def f(x: jax.Array) -> jax.Array:
-        return problem.objective(unravel(x), args)
-
-    value = jax.jit(f)
-    target = best + 1e-4 * abs(best) + 1e-8
+def measure(problem: Problem, rounds: int) -> dict[str, Run]:
+    function, value = problem.function, jax.jit(problem.function)
+    x = jnp.asarray(problem.start, jnp.float64)
+    target = problem.least + 1e-4 * abs(problem.least) + 1e-8
+    solvers = {name: solver(function) for name, solver in SOLVERS.items()}
+    ends = {name: jax.block_until_ready(solve(x)) for name, solve in solvers.items()}
+    timings = interleaved({name: partial(solve, x) for name, solve in solvers.items()}, rounds=rounds, warm_up=0)
     runs = {}
-    for name, solver in SOLVERS.items():
-        solve = solver(f)
-        end, evaluations = jax.block_until_ready(solve(x))
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            jax.block_until_ready(solve(x))
-            times.append(time.perf_counter() - start)
+    for name, (end, evaluations) in ends.items():
         lowest = float(value(end))
-        runs[name] = Run(lowest, int(evaluations), min(times), lowest <= target)
+        ratio = timings.ratio("optimjax", name)
+        runs[name] = Run(lowest, int(evaluations), timings.median(name), ratio, lowest <= target)
     return runs
 
 
-def selected(variables: int, names: list[str]) -> list[Any]:
-    """The problems with a documented optimal value, by name."""
-    by_name = {problem.name: problem for problem in sif2jax.unconstrained_minimisation_problems}
-    if names:
-        return [by_name[name] for name in names]
-    return [
-        by_name[name]
-        for name in sorted(by_name)
-        if by_name[name].expected_objective_value is not None and by_name[name].num_variables() <= variables
-    ]
+def summary(results: dict[str, dict[str, Run]]) -> None:
+    """What one cannot see in the table at once."""
+    common = [runs for runs in results.values() if all(run.reached for run in runs.values())]
+    print(f"\n{len(results)} problems, of which all solve {len(common)}; the columns after the first are on these:\n")
+    print(
+        "| | reached, of all | evaluations | fewer than ours | more | our time in its, median |\n" + "| --- " * 6 + "|"
+    )
+    for name in SOLVERS:
+        reached = sum(runs[name].reached for runs in results.values())
+        total = sum(runs[name].evaluations for runs in common)
+        fewer, more = (
+            sum(sign * (runs["optimjax"].evaluations - runs[name].evaluations) > 0 for runs in common)
+            for sign in (1, -1)
+        )
+        ratio = statistics.median(runs[name].ratio for runs in common)
+        print(f"| {name} | {reached} | {total} | {fewer} | {more} | {ratio:.2f} |")
+    print()
+    for problem, runs in results.items():
+        ended = [f"{name} at {run.value:.3g}" for name, run in runs.items() if not run.reached]
+        if ended:
+            print(f"{problem} not reached: {', '.join(ended)}")
 
 
 def main() -> None:
     jax.config.update("jax_enable_x64", True)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variables", type=int, default=200, help="the most variables of a problem")
-    parser.add_argument("names", nargs="*", help="of problems; all that qualify unless given")
-    arguments = parser.parse_args()
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("names", nargs="*", metavar="name", help="of problems; all of them unless given")
+    options = parser.parse_args()
+    known = {problem.name: problem for problem in PROBLEMS}
+    unknown = set(options.names) - known.keys()
+    if unknown:
+        parser.error(f"there is no problem {', '.join(sorted(unknown))}; there are {', '.join(known)}")
 
-    print("| problem | n | f* |" + "".join(f" {name} f | evaluations | ms |" for name in SOLVERS))
-    print("| --- " * (3 + 3 * len(SOLVERS)) + "|")
-    results = []
-    for problem in selected(arguments.variables, arguments.names):
-        runs = measure(problem)
-        results.append(runs)
-        best = float(problem.expected_objective_value)
-        cells = [
-            f" {run.value:.6g}{'' if run.reached else ' ✗'} | {run.evaluations} | {1e3 * run.seconds:.2f} |"
-            for run in runs.values()
-        ]
-        print(f"| {problem.name} | {problem.num_variables()} | {best:g} |" + "".join(cells), flush=True)
-
-    everywhere = [runs for runs in results if all(run.reached for run in runs.values())]
-    none = sum(not any(run.reached for run in runs.values()) for runs in results)
-    alike = sum(runs["optimjax"].evaluations == runs["torch"].evaluations for runs in results)
-    print(f"\n{len(results)} problems; none reaches {none}; optimjax and torch need the same evaluations in {alike}.")
-    for name in SOLVERS:
-        reached = sum(runs[name].reached for runs in results)
-        evaluations = np.median([runs[name].evaluations for runs in everywhere])
-        total = sum(runs[name].evaluations for runs in everywhere)
-        milliseconds = 1e3 * np.median([runs[name].seconds for runs in everywhere])
-        print(
-            f"{name}: reached {reached}; on the {len(everywhere)} that all reach {total} evaluations, median "
-            f"{evaluations:.0f}, {milliseconds:.2f} ms"
-        )
+    print(f"jax {jax.__version__}, optax {optax.__version__}, torch {torch.__version__}, scipy {scipy.__version__}\n")
+    print("| problem | n |" + "".join(f" {name}, evaluations |" for name in SOLVERS), end="")
+    print("".join(f" {name}, ms |" for name in SOLVERS) + "\n" + "| --- " * (2 + 2 * len(SOLVERS)) + "|")
+    torch.set_num_threads(1)
+    threadpool_limits(1)  # SciPy's linear algebra
+    results = {}
+    for problem in [known[name] for name in options.names] or PROBLEMS:
+        runs = results[problem.name] = measure(problem, options.rounds)
+        cells = [f"{run.evaluations}{'' if run.reached else ' ✗'}" for run in runs.values()]
+        cells += [f"{1e3 * run.seconds:.2f}" for run in runs.values()]
+        print(f"| {problem.name} | {len(problem.start)} | {' | '.join(cells)} |", flush=True)
+    summary(results)
 
 
 if __name__ == "__main__":

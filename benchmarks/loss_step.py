@@ -1,10 +1,8 @@
 """Time value, gradient and update of a small `flax.nnx` network: `step(loss_fn, ...)` alongside `nnx.Optimizer`.
 
-`python benchmarks/loss_step.py` prints medians over interleaved calls, in microseconds.
+`python benchmarks/loss_step.py` prints medians over interleaved calls, in microseconds, and medians of their ratios.
 """
 
-import statistics
-import time
 from typing import Any
 
 import jax
@@ -13,6 +11,7 @@ import optax
 from flax import nnx
 
 import optimjax as optim
+from optimjax._command.timing import interleaved
 
 
 class Network(nnx.Module):
@@ -47,15 +46,10 @@ def main() -> None:
         "optimizer.step(loss_fn, x, y)": lambda: ours.step(loss_fn, x, y),
         "nnx.jit and nnx.Optimizer": lambda: train_step(model, theirs, x, y),
     }
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(1010):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run().block_until_ready()
-            if turn >= 10:
-                times[name].append(time.perf_counter() - start)
-    for name, values in times.items():
-        print(f"{name:32}{1e6 * statistics.median(values):8.0f} µs")
+    timings = interleaved(runs, rounds=1000, warm_up=10)
+    for name in runs:
+        ratio = timings.ratio("optimizer.step(loss_fn, x, y)", name)
+        print(f"{name:32}{1e6 * timings.median(name):8.0f} µs, of which the first takes {ratio:.2f}")
 
 
 if __name__ == "__main__":

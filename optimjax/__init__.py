@@ -26,6 +26,7 @@ from optimjax.algorithms.sgd import SGD
 from optimjax.algorithms.sparse_adam import SparseAdam
 from optimjax.interop.optax import FromOptax
 from optimjax.optimizer import Optimizer
+from optimjax.sweeps import sweep
 
 __version__ = "0.1.0.dev0"
 
@@ -65,6 +66,7 @@ __all__ = [
     "save",
     "schedules",
     "swa_utils",
+    "sweep",
 ]
 
 

@@ -1,15 +1,19 @@
-"""The command line: ``python -m optimjax demo`` and ``convert``; without a command, it prints what there is."""
+"""The command line: ``python -m optimjax demo``, ``bench``, ``info``, ``convert``; alone it prints what there is."""
 
 import argparse
+import json
+import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from optimjax import __version__
 from optimjax.interop import _torch_convert
 
 EXTRAS = ("matplotlib", "rich", "sklearn")  # what the extra [demo] installs, by import name
+BENCHES = ("mlp", "resnet50", "training", "sweep")  # what `bench` times
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,6 +31,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--out", type=_picture, default=Path("demo.png"), help="where the picture goes, a .png file")
     demo.add_argument("--seed", type=_at_least(0), default=0, help="of the initial weights and the batches")
     demo.set_defaults(run=_demo)
+    bench = commands.add_parser(
+        "bench",
+        help="time steps on this machine, alongside optax and PyTorch where they are installed",
+        description="Time updates, a training step and a sweep on this machine, alongside optax and PyTorch where they "
+        "are installed. About a minute on two cores.",
+    )
+    bench.add_argument("--only", nargs="+", choices=BENCHES, default=BENCHES, help="what to time; all unless given")
+    bench.add_argument("--seconds", type=_positive, default=3.0, help="for the turns of each; 3 unless given")
+    bench.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    bench.set_defaults(run=_bench)
+    info = commands.add_parser(
+        "info",
+        help="print what a report of a bug should say: versions, devices, settings",
+        description="Print what a report of a bug should say: versions, devices, threads, settings and folders.",
+    )
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.set_defaults(run=_info)
     convert = commands.add_parser(
         "convert",
         help="turn a checkpoint of PyTorch into one of ours, and back",
@@ -55,6 +76,29 @@ def _demo(options: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(options: argparse.Namespace) -> int:
+    from optimjax._command import bench
+
+    def progress(text: str) -> None:
+        print(text, "...", file=sys.stderr, flush=True)
+
+    found = bench.measure(options.only, options.seconds, progress)
+    _print(found, bench.lines(found), options.json)
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    from optimjax._command import machine
+
+    found = machine.facts()
+    _print(found, machine.lines(found), options.json)
+    return 0
+
+
+def _print(found: Any, lines: Iterable[str], as_json: bool) -> None:
+    print(json.dumps(found, indent=2, ensure_ascii=False) if as_json else "\n".join(lines))
+
+
 def _convert(options: argparse.Namespace) -> int:
     try:
         _torch_convert.run(options)
@@ -75,6 +119,16 @@ def _at_least(minimum: int) -> Callable[[str], int]:
         return number
 
     return parse
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
+    return number
 
 
 def _picture(text: str) -> Path:

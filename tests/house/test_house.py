@@ -20,11 +20,13 @@ FLOORS = [
     "algorithms.parts",
     "algorithms",
     "swa_utils",
+    "sweeps",
     "plot",
     "functional",
     "interop",
     "",  # optimjax/__init__.py
     "demo",
+    "_command",
     "__main__",
 ]
 DOORS = ["rule", "optimizer", "functional", ""]
