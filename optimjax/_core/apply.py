@@ -16,25 +16,9 @@ from jax import Array
 from optimjax._core.contract import Rule
 from optimjax._core.numerics import at_least_float32
 from optimjax._core.sparse import Entries, is_sparse
-from optimjax._storage.placement import automatic, explicit, place, resharded
+from optimjax._storage.placement import automatic, explicit, resharded
 
-__all__ = ["apply", "apply_each", "initial_slots"]
-
-
-def initial_slots(rule: Rule, param: Array, hyper: Any, flags: Any) -> Any:
-    """The slots before the first update, each an array of its own.
-
-    A step updates slots in place, so none may be the parameter itself (an average that starts from it) or another slot.
-    On a mesh they are distributed as the parameter is.
-    """
-    seen = {id(param)}
-
-    def own(slot: Array) -> Array:
-        slot = jnp.copy(slot) if id(slot) in seen else slot
-        seen.add(id(slot))
-        return place(slot, param)
-
-    return jax.tree.map(own, rule.init(param, hyper, flags))
+__all__ = ["apply", "apply_each"]
 
 
 def apply_each(

@@ -171,7 +171,8 @@ class Planner:
         grads: Mapping[Parameter, Any],
         resolved: Sequence[tuple[Any, Any]],
     ) -> list[Member]:
-        members = []
+        members: list[Member] = []
+        missing: dict[int, dict[str, Any]] = {}
         definitions = {of_group(group, self._own) for group in groups}
         for index, group in enumerate(groups):
             definition = of_group(group, self._own)
@@ -182,13 +183,20 @@ class Planner:
                     definition.check_layout(grad, name)
                     known = state.get(parameter)
                     kept = ParameterState.of({} if known is None else known)
-                    hyper, flags = resolved[index]
+                    flags = resolved[index][1]
                     _check_not_moved(definition, definitions, name, kept)
-                    slots, step = _prepared(definition, name, value, kept, hyper, flags)
+                    slots, seen, step = _prepared(definition, name, value, kept, flags)
+                    if slots is None:
+                        missing[len(members)] = seen
                     grad_kind = tuple(kinds(jax.tree.leaves(grad)))
                     members.append(
                         Member(parameter, value, grad_kind, index, definition, flags, kept, known, slots, step)
                     )
+        for definition, positions in _by(lambda member: member.definition, members, list(missing)):
+            values, all_flags = ([getattr(members[at], field) for at in positions] for field in ("value", "flags"))
+            hypers = [resolved[members[at].group][0] for at in positions]
+            for at, slots in zip(positions, definition.slots(values, hypers, all_flags), strict=True):
+                members[at] = members[at]._replace(slots=slots._replace(**missing[at]))
         return members
 
 
@@ -208,16 +216,15 @@ def _check_not_moved(
 
 
 def _prepared(
-    definition: Definition, name: Callable[[], str], param: Array, state: ParameterState, hyper: Any, flags: Any
-) -> tuple[Any, int]:
-    """Slots that a step may update in place, and the count of updates.
+    definition: Definition, name: Callable[[], str], param: Array, state: ParameterState, flags: Any
+) -> tuple[Any, dict[str, Any], int]:
+    """Slots that a step may update in place, or ``None`` where some are missing; those that are not; the count.
 
-    Slots that somebody has seen are checked, because they may have been edited, and copied; those that are missing
-    are made.
+    Slots that somebody has seen are checked, because they may have been edited, and copied.
     """
     rule, place = definition.arithmetic, state.place
     if isinstance(place, Place) and place.fits(definition, flags, param.shape):
-        return place.slots, place.step
+        return place.slots, {}, place.step
     values = state.peek()
     types = definition.slot_types(flags, param.shape, param.dtype)
     of_parameter = f"state of parameter {name()!r}" if values else ""
@@ -227,10 +234,9 @@ def _prepared(
         if type_ is not None and values.get(field) is not None
     }
     complete = all(type_ is None or field in seen for field, type_ in types.items())
-    slots = rule.slots(**dict.fromkeys(types)) if complete else definition.slots(param, hyper, flags)
     # Where PyTorch keeps no count, the presence of the slots says whether this is the first update.
     step = as_count(values.get("step", 0), f"{of_parameter}: 'step'") if rule.counts_steps else int(complete)
-    return slots._replace(**seen), step
+    return rule.slots(**dict.fromkeys(types) | seen) if complete else None, seen, step
 
 
 def _is_constant(value: Any) -> bool:

@@ -7,7 +7,7 @@ import jax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
-__all__ = ["automatic", "canonical", "explicit", "pin", "pinned", "place", "resharded", "sharding_of"]
+__all__ = ["along", "automatic", "canonical", "explicit", "pin", "pinned", "place", "resharded", "sharding_of"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -53,24 +53,24 @@ def automatic(function: Callable[P, R], like: R) -> Callable[P, R]:
 def place(array: jax.Array, param: Any, present: Any = None) -> jax.Array:
     """Put what is kept for a parameter where the present one is; or else as the parameter is."""
     if isinstance(param, Tracer):
-        return resharded(array, _along(array.shape, param, explicit(param)))
+        return resharded(array, along(array.shape, param.shape, explicit(param)))
     sharding = sharding_of(present)
     if sharding is None or present.shape != array.shape:
-        sharding = _along(array.shape, param, sharding_of(param))
+        sharding = along(array.shape, param.shape, sharding_of(param))
     return array if sharding is None else jax.device_put(array, sharding)
 
 
-def _along(shape: tuple[int, ...], param: Any, sharding: Any) -> Any:
-    """The parameter's sharding, for an array of this shape.
+def along(shape: tuple[int, ...], of_param: tuple[int, ...], sharding: Any) -> Any:
+    """A parameter's sharding, for an array of this shape; ``None`` where that says nothing.
 
     Axes that both have are distributed alike; along others, it is whole on each device.
     """
-    if not isinstance(sharding, NamedSharding) or shape == param.shape:
-        return sharding if shape == param.shape else None
+    if not isinstance(sharding, NamedSharding) or shape == of_param:
+        return sharding if shape == of_param else None
     spec = [None] * len(shape)
-    if len(shape) == len(param.shape):
+    if len(shape) == len(of_param):
         names = (*sharding.spec, *[None] * len(shape))
-        spec = [name if size == own else None for name, size, own in zip(names, shape, param.shape, strict=False)]
+        spec = [name if size == own else None for name, size, own in zip(names, shape, of_param, strict=False)]
     return NamedSharding(sharding.mesh, PartitionSpec(*spec), memory_kind=sharding.memory_kind)
 
 
