@@ -31,6 +31,7 @@ from optimjax._core.hyperparameters import (
     one_of,
 )
 from optimjax._core.numerics import (
+    after,
     at_least_float32,
     bias_correction,
     coupled_decay,
@@ -70,6 +71,7 @@ __all__ = [
     "Structural",
     "Switch",
     "Weights",
+    "after",
     "at_least_float32",
     "bias_correction",
     "coupled_decay",
