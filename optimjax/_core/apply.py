@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from optimjax._core.contract import Rule
+from optimjax._core.flat import elementwise
 from optimjax._core.numerics import at_least_float32
 from optimjax._core.sparse import Entries, is_sparse
 from optimjax._storage.placement import automatic, explicit, resharded
@@ -62,8 +63,16 @@ def apply(rule: Rule, flags: Any, param: Any, grad: Any, slots: Any, scalars: An
         return automatic(to_entries, (param, slots))(param, grad, slots, scalars)
     elif rule.takes == "element" and jnp.iscomplexobj(param):
         return _apply_to_halves(rule, flags, param, grad, slots, scalars)
+    elif rule.takes == "element":
+        return elementwise(_apply_alone, (rule, flags), param, grad, slots, scalars)
     else:
-        *wide, flags = _widened(flags, param, grad, slots, scalars)
+        return _apply_alone(rule, flags, param, grad, slots, scalars)
+    return jax.tree.map(_restored, tuple(rule.update(*wide, flags)), (param, slots))
+
+
+def _apply_alone(rule: Rule, flags: Any, param: Array, grad: Array, slots: Any, scalars: Any) -> tuple[Any, Any]:
+    """Update one real parameter."""
+    *wide, flags = _widened(flags, param, grad, slots, scalars)
     return jax.tree.map(_restored, tuple(rule.update(*wide, flags)), (param, slots))
 
 
