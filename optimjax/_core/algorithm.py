@@ -127,7 +127,7 @@ class Algorithm:
         flags = self._check_together(columns)
         for index, leaf in enumerate(leaves):
             self.definition.check_param(leaf, flags, lambda index=index: _leaf_name(params, index))
-        step = jnp.asarray(np.zeros((), np.int32))  # by no program
+        step = jax.device_put(np.zeros((), np.int32))  # by no program
         # On the mesh, if there is one: otherwise the second update would compile again.
         step = next((place(step, leaf) for leaf in leaves if sharding_of(leaf) is not None), step)
         hypers = _per_leaf(self.hyperparameters, self.values, columns, step, len(leaves))

@@ -23,8 +23,8 @@ from optimjax._params.parameter import Parameter
 __all__ = ["Plan", "Planner", "distinct"]
 
 PATTERNS = 8  # patterns of present gradients that get programs of their own
-ALIKE = 64  # parameters of one shape that one program updates; see docs/architecture.md for the measurement
-MIXED = 256  # parameters of any shapes
+MIXED = 256  # parameters of any shapes that one program updates; see docs/architecture.md for the measurement
+ALIKE = 64  # parameters of one shape, where there are more
 
 
 class Plan:
@@ -260,15 +260,15 @@ def distinct(arrays: Sequence[Array], others: Any) -> list[Array]:
 
 
 def layout(members: Sequence[Member]) -> list[list[int]]:
-    """Positions of the members of each bucket: up to 64 of one shape together, then what is left of all shapes.
+    """Positions of the members of each bucket: all together, or if they are many, first 64 of one shape at a time.
 
-    Compiling costs by distinct shapes, dispatching by programs, tracing by parameters. Each algorithm has its own
-    buckets; one that takes all parameters at once has one.
+    Compiling costs by distinct shapes and by programs, dispatching by programs, tracing by parameters. Each algorithm
+    has its own buckets; one that takes all parameters at once has one.
     """
     result = []
     for definition, positions in _by(lambda member: member.definition, members):
         whole, rest = definition.arithmetic.takes == "all", positions
-        if not whole:
+        if not whole and len(positions) > MIXED:
             rest = []
             for alike in _alike(members, positions):
                 cut = len(alike) - len(alike) % ALIKE
