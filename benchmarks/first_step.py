@@ -34,7 +34,7 @@ def first_step(contender: str, algorithm: str, set_name: str) -> dict[str, float
     jax.block_until_ready(jax.jit(lambda x: x + 1)(1.0))  # what any first program costs is not counted
     compiled: list[float] = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, duration, **_: compiled.append(duration) if event == COMPILED else None
+        lambda event, duration_secs, **_: compiled.append(duration_secs) if event == COMPILED else None
     )
     start = time.perf_counter()
     if contender == "facade":
