@@ -3,7 +3,7 @@
 XLA's CPU backend makes nested loops over the axes of a result. Where the last axes are short, as those of a convolution
 by 3 x 3, it does not vectorize; and it compiles a kernel for every shape, where arrays of equal size could share one.
 A flat view alone does not help, because XLA moves the views into the loops: the arithmetic has to stay a function of
-its own. Measured (AdamW on 161 arrays of ResNet-50): a step in 0.55 of the time, compiled in 0.75.
+its own. Measured (AdamW on the 161 arrays of ResNet-50): a step in half of the time, compiled in three quarters.
 """
 
 import functools
@@ -13,6 +13,8 @@ from typing import Any
 import jax
 from jax import Array
 from jax.experimental.xla_metadata import set_xla_metadata
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import batching, mlir
 
 from optimjax._storage.placement import explicit
 
@@ -46,9 +48,14 @@ def _is_one_cpu() -> bool:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _flat(update: Update, fixed: tuple[Any, ...], *args: Any) -> Any:
-    """The update over flat views, where it is compiled for a CPU: a program may also be exported for other devices."""
-    over_views = functools.partial(_over_views, update, fixed)
-    return jax.lax.platform_dependent(*args, cpu=over_views, default=functools.partial(update, *fixed))
+    """The update, as what it is lowered to is decided when that is known: over views on a CPU, as it is elsewhere."""
+    views = jax.make_jaxpr(functools.partial(_over_views, update, fixed))(*args)
+    if views.effects:  # which an equation that stands for others would hide
+        return update(*fixed, *args)
+    leaves, structure = jax.tree.flatten(args)
+    results = update_p.bind(*leaves, views=views, update=update, fixed=fixed, structure=structure)
+    param, _, slots, _ = args
+    return jax.tree.unflatten(jax.tree.structure((param, slots)), results)
 
 
 @_flat.defjvp
@@ -67,3 +74,29 @@ def _over_views(update: Update, fixed: tuple[Any, ...], param: Array, grad: Arra
 def _function(update: Update, fixed: tuple[Any, ...], *args: Any) -> Any:
     with set_xla_metadata(inlineable=None):  # of what is called inside, nothing remains a function
         return update(*fixed, *args)
+
+
+# --- The equation that stands for an update ---------------------------------------------------------------------------
+
+update_p = Primitive("elementwise_update")
+update_p.multiple_results = True
+update_p.def_abstract_eval(lambda *avals, views, **params: views.out_avals)
+
+
+def _straight(*leaves: Any, update: Update, fixed: tuple[Any, ...], structure: Any, views: Any) -> list[Any]:
+    return jax.tree.leaves(update(*fixed, *structure.unflatten(leaves)))
+
+
+def _viewed(*leaves: Any, views: Any, **params: Any) -> list[Any]:
+    return jaxpr_as_fun(views)(*leaves)
+
+
+def _batched(leaves: Any, axes: Any, **params: Any) -> tuple[list[Any], list[int]]:
+    results = jax.vmap(functools.partial(_straight, **params), in_axes=tuple(axes))(*leaves)
+    return results, [0] * len(results)
+
+
+update_p.def_impl(_straight)
+batching.primitive_batchers[update_p] = _batched
+mlir.register_lowering(update_p, mlir.lower_fun(_straight, multiple_results=True))
+mlir.register_lowering(update_p, mlir.lower_fun(_viewed, multiple_results=True), platform="cpu")

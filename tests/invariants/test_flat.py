@@ -1,7 +1,8 @@
 """On one CPU device, long arrays are updated over flat views: the same numbers, in place, by functions."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import chex
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from cases import CASES, Case
 
+import optimjax as optim
 from optimjax import functional as F
 from optimjax._core import flat
 
@@ -117,6 +119,25 @@ def test_transformations(on_one_cpu: Any) -> None:
         results.append((jax.jit(jax.vmap(after_two))(stacked), jax.jit(jax.grad(total))(values(3))))
     chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-7)
     assert FUNCTION not in jax.jit(jax.grad(total)).lower(values(3)).as_text()
+
+
+def test_an_update_that_calls_back_is_not_hidden(on_one_cpu: Any) -> None:
+    class Watched(optim.SGD):
+        seen: ClassVar[list[int]] = []
+        plain = optim.SGD.rule
+        rule = dataclasses.replace(plain, update=lambda *args: (watch(args[0]), Watched.plain.update(*args))[1])
+
+    def watch(param: Any) -> None:
+        jax.debug.callback(lambda size: Watched.seen.append(int(size)), param.size)
+
+    on_one_cpu(True)
+    optimizer = Watched(values(0), lr=0.1)
+    optimizer.step(values(1))
+    jax.effects_barrier()
+    assert sorted(Watched.seen) == sorted(int(np.prod(shape)) for shape in SHAPES.values())
+    chex.assert_trees_all_close(
+        optimizer.params, jax.tree.map(lambda p, g: p - 0.1 * g, values(0), values(1)), rtol=1e-6
+    )
 
 
 def test_without_jit(on_one_cpu: Any) -> None:
