@@ -67,6 +67,7 @@ docs: .venv/docs ## build the documentation, docs/_build/index.html
 bench: .venv/test ## time a step alongside optax and PyTorch, and measure where these differ
 	$(BIN)/python benchmarks/differences.py
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/first_step.py --sets mlp resnet50
 	$(BIN)/python benchmarks/loss_step.py
 	$(BIN)/python benchmarks/sparse.py
 	$(BIN)/python benchmarks/clip.py
