@@ -68,6 +68,7 @@ bench: .venv/test ## time a step alongside optax and PyTorch, and measure where 
 	$(BIN)/python benchmarks/differences.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/training_step.py --seconds 10
+	$(BIN)/python benchmarks/first_step.py --sets mlp resnet50
 	$(BIN)/python benchmarks/sparse.py
 	$(BIN)/python benchmarks/clip.py
 	$(BIN)/python benchmarks/muon.py --layers 2

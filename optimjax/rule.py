@@ -32,6 +32,7 @@ from optimjax._core.hyperparameters import (
     one_of,
 )
 from optimjax._core.numerics import (
+    after,
     at_least_float32,
     bias_correction,
     coupled_decay,
@@ -72,6 +73,7 @@ __all__ = [
     "Structural",
     "Switch",
     "Weights",
+    "after",
     "at_least_float32",
     "bias_correction",
     "coupled_decay",

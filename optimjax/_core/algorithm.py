@@ -14,6 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from optimjax._core.apply import apply_each
@@ -132,11 +133,11 @@ class Algorithm:
         flags = self._check_together(columns)
         for index, leaf in enumerate(leaves):
             self.definition.check_param(leaf, flags, lambda index=index: _leaf_name(params, index))
-        step = jnp.zeros((), jnp.int32)
+        step = jax.device_put(np.zeros((), np.int32))  # by no program
         # On the mesh, if there is one: otherwise the second update would compile again.
         step = next((place(step, leaf) for leaf in leaves if sharding_of(leaf) is not None), step)
         hypers = _per_leaf(self.hyperparameters, self.values, columns, step, len(leaves))
-        slots = [self.definition.slots(param, hyper, flags) for param, hyper in zip(leaves, hypers, strict=True)]
+        slots = self.definition.slots(leaves, hypers, [flags] * len(leaves))
         return self._packed(self._state_type(leaves, flags), self.first_counts(step), treedef, slots)
 
     def first_counts(self, step: Array) -> tuple[Array, ...]:

@@ -14,27 +14,12 @@ import numpy as np
 from jax import Array
 
 from optimjax._core.contract import Rule
+from optimjax._core.flat import elementwise
 from optimjax._core.numerics import at_least_float32
 from optimjax._core.sparse import Entries, is_sparse
-from optimjax._storage.placement import automatic, explicit, place, resharded
+from optimjax._storage.placement import automatic, explicit, resharded
 
-__all__ = ["apply", "apply_each", "initial_slots"]
-
-
-def initial_slots(rule: Rule, param: Array, hyper: Any, flags: Any) -> Any:
-    """The slots before the first update, each an array of its own.
-
-    A step updates slots in place, so none may be the parameter itself (an average that starts from it) or another slot.
-    On a mesh they are distributed as the parameter is.
-    """
-    seen = {id(param)}
-
-    def own(slot: Array) -> Array:
-        slot = jnp.copy(slot) if id(slot) in seen else slot
-        seen.add(id(slot))
-        return place(slot, param)
-
-    return jax.tree.map(own, rule.init(param, hyper, flags))
+__all__ = ["apply", "apply_each"]
 
 
 def apply_each(
@@ -84,8 +69,18 @@ def apply(
         return automatic(to_entries, (param, slots))(param, grad, slots, scalars, counts)
     elif rule.takes == "element" and jnp.iscomplexobj(param):
         return _apply_to_halves(rule, flags, param, grad, slots, scalars, counts)
+    elif rule.takes == "element":
+        return elementwise(_apply_alone, (rule, flags), param, grad, slots, (scalars, counts))
     else:
-        *wide, flags = _widened(flags, param, grad, slots, scalars)
+        return _apply_alone(rule, flags, param, grad, slots, (scalars, counts))
+    restored = functools.partial(_restored, counts)
+    return jax.tree.map(restored, tuple(rule.update(*wide, flags)), (param, slots))
+
+
+def _apply_alone(rule: Rule, flags: Any, param: Array, grad: Array, slots: Any, numbers: Any) -> tuple[Any, Any]:
+    """Update one real parameter; the numbers are its scalars, and whether the update counts."""
+    scalars, counts = numbers
+    *wide, flags = _widened(flags, param, grad, slots, scalars)
     restored = functools.partial(_restored, counts)
     return jax.tree.map(restored, tuple(rule.update(*wide, flags)), (param, slots))
 

@@ -2,7 +2,7 @@
 
 import functools
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
 
-from optimjax._core.apply import initial_slots
 from optimjax._core.contract import Rule
 from optimjax._core.hyperparameters import Hyperparameters, Numeric, Structural
+from optimjax._core.slots import all_initial_slots
 from optimjax._core.sparse import is_sparse
 
 __all__ = ["UNBOUND", "Definition", "as_number", "names_of_others", "of_group", "package"]
@@ -121,9 +121,9 @@ class Definition:
 
     # --- slots ---
 
-    def slots(self, param: Array, hyper: Any, flags: Any) -> Any:
-        """The slots before the first update; see :func:`optimjax._core.apply.initial_slots`."""
-        return initial_slots(self.arithmetic, param, hyper, flags)
+    def slots(self, params: Sequence[Array], hypers: Sequence[Any], flags: Sequence[Any]) -> list[Any]:
+        """The slots of each parameter before the first update; see :func:`optimjax._core.slots.initial_slots`."""
+        return all_initial_slots(self.arithmetic, params, hypers, flags)
 
     def slot_types(self, flags: Any, shape: tuple[int, ...], dtype: Any) -> dict[str, Any]:
         """Shape and dtype of each slot that such a parameter has, or a tree of them; ``None`` for one that it lacks."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 __all__ = [
+    "after",
     "at_least_float32",
     "bias_correction",
     "coupled_decay",
@@ -94,3 +95,14 @@ def _sqrt_jvp(primals, tangents):
     (x,), (t,) = primals, tangents
     root = sqrt(x)
     return root, jnp.where(x > 0, t / jnp.where(x > 0, 2 * root, 1), 0)
+
+
+def after(earlier: Array, array: Array) -> Array:
+    """The array, computed after another one.
+
+    XLA's CPU backend makes each result by a loop of its own, and one may be written over an old slot only if every
+    other loop that reads the slot runs before. The compiler does not order loops; it takes the order from what needs
+    what. Where a slot would be copied otherwise, this says so. It costs nothing: that the condition always holds is
+    found out only inside the loop, which then does not read the other array.
+    """
+    return jnp.where((earlier == earlier) | (earlier != earlier), array, earlier)

@@ -25,8 +25,8 @@ from optimjax._params.parameter import Parameter
 __all__ = ["Plan", "Planner", "distinct"]
 
 PATTERNS = 8  # patterns of present gradients that get programs of their own
-ALIKE = 64  # parameters of one shape that one program updates; see docs/architecture.md for the measurement
-MIXED = 256  # parameters of any shapes
+MIXED = 256  # parameters of any shapes that one program updates; see docs/architecture.md for the measurement
+ALIKE = 64  # parameters of one shape, where there are more
 
 
 class Plan:
@@ -184,7 +184,8 @@ class Planner:
         grads: Mapping[Parameter, Any],
         resolved: Sequence[tuple[Any, Any]],
     ) -> list[Member]:
-        members = []
+        members: list[Member] = []
+        missing: dict[int, dict[str, Any]] = {}
         definitions = {of_group(group, self._own) for group in groups}
         for index, group in enumerate(groups):
             definition = of_group(group, self._own)
@@ -195,13 +196,20 @@ class Planner:
                     definition.check_layout(grad, name)
                     known = state.get(parameter)
                     kept = ParameterState.of({} if known is None else known)
-                    hyper, flags = resolved[index]
+                    flags = resolved[index][1]
                     _check_not_moved(definition, definitions, name, kept)
-                    slots, step = _prepared(definition, name, value, kept, hyper, flags)
+                    slots, seen, step = _prepared(definition, name, value, kept, flags)
+                    if slots is None:
+                        missing[len(members)] = seen
                     grad_kind = tuple(kinds(jax.tree.leaves(grad)))
                     members.append(
                         Member(parameter, value, grad_kind, index, definition, flags, kept, known, slots, step)
                     )
+        for definition, positions in _by(lambda member: member.definition, members, list(missing)):
+            values, all_flags = ([getattr(members[at], field) for at in positions] for field in ("value", "flags"))
+            hypers = [resolved[members[at].group][0] for at in positions]
+            for at, slots in zip(positions, definition.slots(values, hypers, all_flags), strict=True):
+                members[at] = members[at]._replace(slots=slots._replace(**missing[at]))
         return members
 
 
@@ -221,16 +229,15 @@ def _check_not_moved(
 
 
 def _prepared(
-    definition: Definition, name: Callable[[], str], param: Array, state: ParameterState, hyper: Any, flags: Any
-) -> tuple[Any, int]:
-    """Slots that a step may update in place, and the count of updates.
+    definition: Definition, name: Callable[[], str], param: Array, state: ParameterState, flags: Any
+) -> tuple[Any, dict[str, Any], int]:
+    """Slots that a step may update in place, or ``None`` where some are missing; those that are not; the count.
 
-    Slots that somebody has seen are checked, because they may have been edited, and copied; those that are missing
-    are made.
+    Slots that somebody has seen are checked, because they may have been edited, and copied.
     """
     rule, place = definition.arithmetic, state.place
     if isinstance(place, Place) and place.fits(definition, flags, param.shape):
-        return place.slots, place.step
+        return place.slots, {}, place.step
     values = state.peek()
     types = definition.slot_types(flags, param.shape, param.dtype)
     of_parameter = f"state of parameter {name()!r}" if values else ""
@@ -240,10 +247,9 @@ def _prepared(
         if type_ is not None and values.get(field) is not None
     }
     complete = all(type_ is None or field in seen for field, type_ in types.items())
-    slots = rule.slots(**dict.fromkeys(types)) if complete else definition.slots(param, hyper, flags)
     # Where PyTorch keeps no count, the presence of the slots says whether this is the first update.
     step = as_count(values.get("step", 0), f"{of_parameter}: 'step'") if rule.counts_steps else int(complete)
-    return slots._replace(**seen), step
+    return rule.slots(**dict.fromkeys(types) | seen) if complete else None, seen, step
 
 
 def _is_constant(value: Any) -> bool:
@@ -267,15 +273,15 @@ def distinct(arrays: Sequence[Array], others: Any) -> list[Array]:
 
 
 def layout(members: Sequence[Member]) -> list[list[int]]:
-    """Positions of the members of each bucket: up to 64 of one shape together, then what is left of all shapes.
+    """Positions of the members of each bucket: all together, or if they are many, first 64 of one shape at a time.
 
-    Compiling costs by distinct shapes, dispatching by programs, tracing by parameters. Each algorithm has its own
-    buckets; one that takes all parameters at once has one.
+    Compiling costs by distinct shapes and by programs, dispatching by programs, tracing by parameters. Each algorithm
+    has its own buckets; one that takes all parameters at once has one.
     """
     result = []
     for definition, positions in _by(lambda member: member.definition, members):
         whole, rest = definition.arithmetic.takes == "all", positions
-        if not whole:
+        if not whole and len(positions) > MIXED:
             rest = []
             for alike in _alike(members, positions):
                 cut = len(alike) - len(alike) % ALIKE

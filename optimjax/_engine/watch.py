@@ -1,5 +1,6 @@
 """What an optimizer has seen of its gradients, and counts that nobody waits for."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from optimjax._storage.placement import alongside
+from optimjax._storage.placement import whole
 
 __all__ = ["Tally", "Watch"]
 
@@ -63,9 +64,12 @@ class Tally(NamedTuple):
         outcomes = [rows_at(self.known + more) for more in range(len(self.pending) + 1)]
         missing = max(AHEAD - len(self.pending), 0)  # filled up, so that one program does for any number
         outcomes += outcomes[-1:] * missing
-        pending = *self.pending, *[np.True_] * missing
-        rows = _choose(outcomes if _traced(outcomes) else np.array(outcomes), pending)
-        return alongside(rows, like)
+        where = whole(like)
+        pending = *self.pending, *[_true_at(where)] * missing
+        if _traced((outcomes, pending)):
+            return _choose(outcomes, pending)
+        rows = _choose(np.array(outcomes), pending)
+        return rows if where is None else jax.device_put(rows, where)
 
 
 class Watch:
@@ -87,6 +91,12 @@ def _skipped(pending: tuple[Any, ...]) -> Array:
 
 def _has_run(counts: Any) -> bool:
     return counts.is_ready()
+
+
+@functools.lru_cache(maxsize=8)
+def _true_at(where: Any) -> Any:
+    """On the devices of the parameters, because a program is compiled for where its arguments are."""
+    return np.True_ if where is None else jax.device_put(np.True_, where)
 
 
 def _traced(values: Any) -> bool:

@@ -17,8 +17,8 @@ from optimjax._core.definition import UNBOUND, Definition, of_group, package
 from optimjax._core.guard import Guard, Options
 from optimjax._core.hyperparameters import Hyperparameters
 from optimjax._core.sparse import zeros_like
+from optimjax._core.tracing import is_top_level, trace_state
 from optimjax._core.tree import check_gradient
-from optimjax._engine.handover import is_top_level, trace_state
 from optimjax._engine.loss_call import LossArguments
 from optimjax._engine.loss_function import takes_no_arguments
 from optimjax._engine.state import ParameterState
@@ -163,9 +163,10 @@ class Optimizer(Guarded):
         handed = before.extended(source, group["params"])
         try:
             if definition.rule is not None and definition.rule.eager:
-                for parameter in group["params"]:
-                    slots = definition.slots(parameter.value, hyper, flags)
-                    self.state[parameter].update(definition.entries(slots, 0))
+                values = [parameter.value for parameter in group["params"]]
+                slots = definition.slots(values, [hyper] * len(values), [flags] * len(values))
+                for parameter, slot in zip(group["params"], slots, strict=True):
+                    self.state[parameter].update(definition.entries(slot, 0))
             self._handed = handed
             self.param_groups.append(group)
         except BaseException:  # an interrupt

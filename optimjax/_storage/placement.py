@@ -9,7 +9,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 __all__ = [
-    "alongside",
+    "along",
     "automatic",
     "canonical",
     "divided",
@@ -19,6 +19,7 @@ __all__ = [
     "place",
     "resharded",
     "sharding_of",
+    "whole",
 ]
 
 P = ParamSpec("P")
@@ -65,36 +66,33 @@ def automatic(function: Callable[P, R], like: R) -> Callable[P, R]:
 def place(array: jax.Array, param: Any, present: Any = None) -> jax.Array:
     """Put what is kept for a parameter where the present one is; or else as the parameter is."""
     if isinstance(param, Tracer):
-        return resharded(array, _along(array.shape, param, explicit(param)))
+        return resharded(array, along(array.shape, param.shape, explicit(param)))
     sharding = sharding_of(present)
     if sharding is None or present.shape != array.shape:
-        sharding = _along(array.shape, param, sharding_of(param))
+        sharding = along(array.shape, param.shape, sharding_of(param))
     return array if sharding is None else jax.device_put(array, sharding)
 
 
-def alongside(array: jax.Array, param: Any) -> jax.Array:
-    """The array, whole, on each device that the parameter was put on."""
-    if isinstance(param, Tracer) or isinstance(array, Tracer) or not getattr(param, "committed", False):
-        return array
-    sharding = param.sharding
-    if isinstance(sharding, NamedSharding):
-        sharding = NamedSharding(sharding.mesh, PartitionSpec())
-    elif len(sharding.device_set) > 1:
-        return array
-    return jax.device_put(array, sharding)
+def whole(param: Any) -> Sharding | None:
+    """Where an array lies whole on each device that a parameter was put on; ``None`` if nobody has put it anywhere."""
+    if isinstance(param, Tracer) or not getattr(param, "committed", False):
+        return None
+    if isinstance(param.sharding, NamedSharding):
+        return NamedSharding(param.sharding.mesh, PartitionSpec())
+    return param.sharding if len(param.sharding.device_set) == 1 else None
 
 
-def _along(shape: tuple[int, ...], param: Any, sharding: Any) -> Any:
-    """The parameter's sharding, for an array of this shape.
+def along(shape: tuple[int, ...], of_param: tuple[int, ...], sharding: Any) -> Any:
+    """A parameter's sharding, for an array of this shape; ``None`` where that says nothing.
 
     Axes that both have are distributed alike; along others, it is whole on each device.
     """
-    if not isinstance(sharding, NamedSharding) or shape == param.shape:
-        return sharding if shape == param.shape else None
+    if not isinstance(sharding, NamedSharding) or shape == of_param:
+        return sharding if shape == of_param else None
     spec = [None] * len(shape)
-    if len(shape) == len(param.shape):
+    if len(shape) == len(of_param):
         names = (*sharding.spec, *[None] * len(shape))
-        spec = [name if size == own else None for name, size, own in zip(names, shape, param.shape, strict=False)]
+        spec = [name if size == own else None for name, size, own in zip(names, shape, of_param, strict=False)]
     return NamedSharding(sharding.mesh, PartitionSpec(*spec), memory_kind=sharding.memory_kind)
 
 

@@ -38,6 +38,7 @@ from optimjax.rule import (
     Rule,
     Share,
     Square,
+    after,
     coupled_decay,
     factory,
     sqrt,
@@ -77,10 +78,12 @@ def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Fla
     """One step."""
     grad = coupled_decay(param, grad, scalars, flags)
     square_avg = scalars.rho * slots.square_avg + scalars.one_minus_rho * grad * grad
-    # One root of the quotient: XLA stores the result of each root.
-    delta = sqrt((slots.acc_delta + scalars.eps) / (square_avg + scalars.eps)) * grad
-    acc_delta = scalars.rho * slots.acc_delta + scalars.one_minus_rho * delta * delta
-    return param - scalars.lr * delta, Slots(square_avg, acc_delta)
+    # So that XLA stores neither quotient nor direction, as it does with whatever two results take from a root or a
+    # division: each has a quotient of its own, and a negation costs nothing to do twice.
+    above, below, direction = slots.acc_delta + scalars.eps, square_avg + scalars.eps, -grad
+    param = param + scalars.lr * (sqrt(above / below) * direction)
+    acc_delta = scalars.rho * slots.acc_delta + scalars.one_minus_rho * (above * direction / below * direction)
+    return param, Slots(square_avg, after(param, acc_delta))
 
 
 class Adadelta(Optimizer):

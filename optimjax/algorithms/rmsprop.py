@@ -103,7 +103,8 @@ def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Fla
     buffer = slots.momentum_buffer
     if buffer is None:  # in this order XLA does not store the decayed gradient between its uses
         return param - (scalars.lr * grad) / denominator, Slots(square_avg, buffer, grad_avg)
-    buffer = scalars.momentum * buffer + grad / denominator
+    # A gradient that is decayed and then divided XLA would store; one that is negated, too, it computes again.
+    buffer = scalars.momentum * buffer - -grad / denominator
     return param - scalars.lr * buffer, Slots(square_avg, buffer, grad_avg)
 
 

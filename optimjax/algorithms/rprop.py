@@ -46,6 +46,7 @@ from optimjax.rule import (
     Pair,
     Rule,
     Weights,
+    after,
     factory,
 )
 
@@ -89,8 +90,10 @@ def update(param: Array, grad: Array, slots: Slots, scalars: Scalars, flags: Fla
     """One step."""
     turn = sign(grad) * sign(slots.prev)  # not the sign of the product, which may underflow
     factor = jnp.where(turn > 0, scalars.eta_plus, jnp.where(turn < 0, scalars.eta_minus, 1))
-    step_size = jnp.clip(slots.step_size * factor, scalars.smallest, scalars.largest)
-    grad = jnp.where(turn < 0, 0, grad)
+    # What depends on one array alone, as a clipped one does, XLA computes again wherever it is used: old step size and
+    # old gradient would be needed for longer, and so be copied.
+    step_size = after(slots.step_size, jnp.clip(slots.step_size * factor, scalars.smallest, scalars.largest))
+    grad = after(step_size, jnp.where(turn < 0, 0, grad))
     return param - step_size * sign(grad), Slots(grad, step_size)
 
 

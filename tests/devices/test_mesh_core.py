@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from small_rules import Factors
 
 from optimjax import functional as F
-from optimjax._core.apply import initial_slots
+from optimjax._core.slots import initial_slots
 
 WHOLE = {
     "b": np.linspace(-1, 1, 8, dtype=np.float32),

@@ -99,3 +99,12 @@ def test_a_new_optimizer_of_the_same_shapes_compiles_nothing(compilations: Any) 
     before = compilations()
     run()
     assert compilations() == before
+
+
+def test_up_to_256_parameters_share_one_program(compilations: Any) -> None:
+    shapes = [(3,)] * 70 + [(2, 2), (5,)]
+    optimizer = optim.SGD([np.ones(shape, np.float32) for shape in shapes], lr=0.1)
+    grads = [np.ones(shape, np.float32) for shape in shapes]
+    before = compilations()
+    optimizer.step(grads)
+    assert compilations() == before + 1

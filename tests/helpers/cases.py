@@ -62,7 +62,9 @@ class Case:
       needs: for a hyperparameter without an effect of its own, the options that it needs to have one.
       ignored: for each option that is accepted for PyTorch's sake a value other than its default; it changes nothing.
       state_at_construction: whether the state exists before the first gradient.
-      temporary: the most temporary memory that a compiled update may take, as a share of the parameters.
+      kept: how many arrays of the parameter's size are kept under the base options, and under the full ones.
+      temporary: the most temporary memory that a compiled update may take which updates parameters in place, too, as a
+        share of the parameters.
       steps: updates after which all of the arithmetic has been at work.
       scalar_slots: state that is one number for a parameter: float64 if the parameter is, else float32.
       reduced_slots: state of a shape of its own, which parameters with fewer axes, or with more, do not have.
@@ -90,6 +92,7 @@ class Case:
     grid: Mapping[str, tuple[Any, ...]]
     bad: tuple[Bad, ...]
     other: Mapping[str, Any]
+    kept: tuple[int, int] = (0, 0)
     needs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     ignored: Mapping[str, Any] = field(default_factory=dict)
     refused: Callable[[Mapping[str, Any]], bool] = lambda options: False
@@ -196,6 +199,7 @@ SGD = Case(
     torch="SGD",
     base={"lr": 0.05},
     full={"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    kept=(0, 1),
     grid={
         "momentum": (0, 0.9),
         "dampening": (0, 0.3),
@@ -231,6 +235,7 @@ ADAM = Case(
     torch="Adam",
     base={"lr": 0.05},
     full={"amsgrad": True, "weight_decay": 0.1},
+    kept=(2, 3),
     grid={
         "weight_decay": (0, 0.1),
         "amsgrad": (False, True),
@@ -257,6 +262,7 @@ ADAMW = Case(
     torch="AdamW",
     base={"lr": 0.05},
     full={"amsgrad": True},
+    kept=(2, 3),
     grid={"weight_decay": (0, 0.1), "amsgrad": (False, True), "maximize": (False, True)},
     bad=(*LEARNING_RATE, NOT_A_NUMBER, *BETAS, EPSILON, WEIGHT_DECAY),
     other={"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-2, "weight_decay": 0.1, "amsgrad": True, "maximize": True},
@@ -271,7 +277,7 @@ RMSPROP = Case(
     torch="RMSprop",
     base={"lr": 0.05},
     full={"momentum": 0.9, "centered": True, "weight_decay": 0.1},
-    temporary=1.01,  # with momentum and decay, XLA stores the decayed gradient for the three arrays that it enters
+    kept=(1, 3),
     grid={
         "momentum": (0, 0.9),
         "centered": (False, True),
@@ -304,6 +310,7 @@ ADAGRAD = Case(
     torch="Adagrad",
     base={"lr": 0.05},
     full={"initial_accumulator_value": 0.1, "lr_decay": 0.1, "weight_decay": 0.1},
+    kept=(1, 1),
     grid={
         "lr_decay": (0, 0.1),
         "weight_decay": (0, 0.1),
@@ -337,6 +344,7 @@ ADAMAX = Case(
     torch="Adamax",
     base={"lr": 0.05},
     full={"weight_decay": 0.1},
+    kept=(2, 2),
     grid={"weight_decay": (0, 0.1), "maximize": (False, True)},
     bad=(*LEARNING_RATE, NOT_A_NUMBER, EPSILON, *BETAS, WEIGHT_DECAY),
     other={"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-2, "weight_decay": 0.1, "maximize": True},
@@ -349,6 +357,7 @@ NADAM = Case(
     torch="NAdam",
     base={"lr": 0.05},
     full={"weight_decay": 0.1, "momentum_decay": 0.5},
+    kept=(2, 2),
     grid={
         "weight_decay": (0, 0.1),
         "momentum_decay": (0, 4e-3, 0.5),
@@ -383,6 +392,7 @@ RADAM = Case(
     torch="RAdam",
     base={"lr": 0.05},
     full={"weight_decay": 0.1},
+    kept=(2, 2),
     grid={
         "weight_decay": (0, 0.1),
         "betas": ((0.9, 0.999), (0.8, 0.8), (0.9, 0.6)),  # rectified after 5 steps, after 6, never
@@ -410,7 +420,8 @@ ADADELTA = Case(
     torch="Adadelta",
     base={"lr": 1.0},
     full={"weight_decay": 0.1},
-    temporary=2.01,  # XLA stores the root and, with decay, the decayed gradient for the three arrays that they enter
+    temporary=1.01,  # with decay, parameter and slot each need what the other was: one is copied
+    kept=(2, 2),
     grid={"weight_decay": (0, 0.1), "rho": (0.9, 1), "maximize": (False, True)},
     bad=(
         *LEARNING_RATE,
@@ -431,6 +442,7 @@ RPROP = Case(
     torch="Rprop",
     base={"lr": 0.05},
     full={"etas": (0.3, 1.5), "step_sizes": (0.01, 0.2)},
+    kept=(2, 2),
     grid={
         "etas": ((0.5, 1.2), (0.3, 1.5)),
         "step_sizes": ((1e-6, 50), (0.01, 0.2)),
@@ -446,7 +458,6 @@ RPROP = Case(
     ),
     other={"lr": 0.1, "etas": (0.3, 1.5), "step_sizes": (0.08, 0.1), "maximize": True},
     towards={"etas": 1},
-    temporary=2.01,  # XLA copies both slots, because it computes each output again from what was given
     ignored={"capturable": True, "foreach": True, "differentiable": True},
     descent=Descent(0.01, 0.01, options={"step_sizes": (1e-12, 1)}),
 )
@@ -457,6 +468,7 @@ ASGD = Case(
     torch="ASGD",
     base={"lr": 0.05, "t0": 0.0},
     full={"lambd": 0.1, "alpha": 1.0, "weight_decay": 0.1},
+    kept=(1, 1),
     grid={
         "lambd": (1e-4, 0.1),
         "alpha": (0.75, 1.0),
@@ -526,6 +538,7 @@ SPARSE_ADAM = Case(
     torch="SparseAdam",
     base={"lr": 0.05},
     full={},
+    kept=(2, 2),
     grid={"betas": ((0.9, 0.999), (0.5, 0.9)), "eps": (1e-8, 1e-2), "maximize": (False, True)},
     bad=(
         *LEARNING_RATE,
@@ -548,6 +561,7 @@ MUON = Case(
     torch="Muon",
     base={"lr": 0.05, "ns_dtype": None},
     full={"adjust_lr_fn": "match_rms_adamw", "nesterov": False},
+    kept=(1, 1),
     grid={
         "weight_decay": (0, 0.1),
         "momentum": (0, 0.95),

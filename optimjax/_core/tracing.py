@@ -1,0 +1,20 @@
+"""Whether JAX is just tracing a function."""
+
+from typing import Any
+
+import jax
+
+__all__ = ["is_top_level", "trace_state"]
+
+try:
+    from jax.extend.core import get_opaque_trace_state as trace_state
+except ImportError:  # before JAX 0.9
+    from jax.core import get_opaque_trace_state as trace_state  # pyright: ignore[reportAttributeAccessIssue]
+
+with jax.ensure_compile_time_eval():
+    _TOP_LEVEL = trace_state()
+
+
+def is_top_level(state: Any) -> bool:
+    """Whether this trace state is the one outside of all of JAX's transformations."""
+    return state == _TOP_LEVEL
