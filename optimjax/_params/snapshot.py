@@ -52,8 +52,8 @@ class Snapshot:
         self._note(vars(node))
         held = [
             value
-            for name, value in vars(node).items()
-            if value is not None and nodes.get(name) and not name.startswith("_pytree__")
+            for name, value in vars(node).items()  # the names of the items of a list may be integers
+            if value is not None and nodes.get(name) and not str(name).startswith("_pytree__")
         ]
         self._is_judged = all(isinstance(value, (flax_nnx.Pytree, flax_nnx.Variable)) for value in held)
         return held
