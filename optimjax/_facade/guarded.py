@@ -30,13 +30,16 @@ class Guarded:
         Raises:
           TypeError: an unknown one.
         """
+        self._check_options(options)
+        self._hold_back(Guard(**options))
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
         known = [field.name for field in dataclasses.fields(Guard)]
         for name in options:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f": did you mean {near[0]!r}?" if near else ""
                 raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {name!r}{hint}")
-        self._hold_back(Guard(**options))
 
     def _hold_back(self, guard: Guard) -> None:
         if guard.given and self.options_refused:

@@ -80,6 +80,7 @@ class AdamW(Adam):
         fused: Fused = None,
         **options: Unpack[Options],
     ):
+        self._check_options(options)  # among which its own decay must not be
         super().__init__(
             params,
             lr,

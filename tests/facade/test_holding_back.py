@@ -36,7 +36,7 @@ def equal(a: Any, b: Any) -> None:
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.takes_loss], ids=str)
 def test_what_is_held_back_by_nothing_is_the_same(case: Case) -> None:
-    """To the last bits, and to each of them except where XLA, given another program, contracts a product and a sum into one operation."""
+    """To each bit, except where XLA, given another program, contracts a product and a sum into one operation."""
     start, grads = case.fit(START), case.fit(GOOD)
     options = case.ours({**case.base, **case.full})
     plain, held = case.optimizer(start, **options), case.optimizer(start, **options)
@@ -411,6 +411,11 @@ def test_illegal_options(options: Any, error: type[Exception], message: str) -> 
         with pytest.raises(error, match=re.escape(message)):
             setattr(optimizer, name, options[name])
         assert (optimizer.max_grad_norm, optimizer.skip_nonfinite) == (2.0, False)
+
+
+def test_what_adamw_sets_itself_is_no_argument_of_it() -> None:
+    with pytest.raises(TypeError, match="AdamW got an unexpected keyword argument 'decoupled_weight_decay'"):
+        optim.AdamW(START, decoupled_weight_decay=True)  # pyright: ignore[reportCallIssue]
 
 
 def test_options_of_the_whole_optimizer_are_not_those_of_a_group() -> None:
