@@ -19,9 +19,9 @@ from jax import Array
 
 from optimjax._core.apply import apply_each
 from optimjax._core.definition import UNBOUND, Definition
-from optimjax._core.guard import UNGUARDED, Guard, Limits, counted
+from optimjax._core.guard import UNGUARDED, Guard, Limits, counted, unless_skipped
 from optimjax._core.hyperparameters import Hyperparameters, Numeric
-from optimjax._core.states import slots_of, state_class
+from optimjax._core.states import COUNTS, slots_of, state_class
 from optimjax._core.tree import check_gradient, copied_array, flatten_params, match, names
 from optimjax._storage.placement import place, sharding_of
 
@@ -207,10 +207,8 @@ class Algorithm:
     def _counted(self, state: Any, limits: Limits) -> tuple[Array, ...]:
         """The first fields of a state after an update."""
         step = jnp.asarray(state.step)
-        if limits.counts is None:
-            return (step + 1, *([jnp.asarray(state.skipped)] if hasattr(state, "skipped") else []))
-        after = jnp.where(limits.counts, step + 1, step)
-        return (after, counted(state.skipped, limits.counts)) if hasattr(state, "skipped") else (after,)
+        step = unless_skipped(limits.counts, step + 1, step)
+        return (step, counted(state.skipped, limits.counts)) if self.guard.skip_nonfinite else (step,)
 
     def _check_together(self, columns: Mapping[str, list[Any]]) -> Any:
         """The flags, or the error for a combination of values that makes no sense."""
@@ -231,8 +229,10 @@ class Algorithm:
         """The NamedTuple of the state: a field for each slot that some of the parameters has."""
         kinds = {(leaf.shape, leaf.dtype) for leaf in leaves}
         some = {field for kind in kinds for field in self.definition.fields(flags, *kind)}
-        slots = tuple(field for field in self.definition.slot_names if field in some)
-        return state_class(self.name, ("skipped", *slots) if self.guard.skip_nonfinite else slots)
+        return self._state_class(tuple(field for field in self.definition.slot_names if field in some))
+
+    def _state_class(self, fields: tuple[str, ...]) -> Any:
+        return state_class(self.name, COUNTS[1:] + fields if self.guard.skip_nonfinite else fields)
 
     def _packed(self, state_type: Any, counts: tuple[Array, ...], treedef: Any, slots: Sequence[Any]) -> Any:
         """The state."""

@@ -4,7 +4,6 @@ Precision, complex numbers, ``maximize``, sparse gradients and the storage of sl
 """
 
 import functools
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +14,10 @@ from jax import Array
 
 from optimjax._core.contract import Rule
 from optimjax._core.flat import elementwise
+from optimjax._core.guard import unless_skipped
 from optimjax._core.numerics import at_least_float32
 from optimjax._core.sparse import Entries, is_sparse
+from optimjax._core.tree import by_key
 from optimjax._storage.placement import automatic, explicit, resharded
 
 __all__ = ["apply", "apply_each"]
@@ -38,12 +39,10 @@ def apply_each(
     each = flags, params, grads, slots, scalars
     if rule.takes in ("element", "array"):
         return [apply(rule, *one, counts) for one in zip(*each, strict=True)]
-    together: defaultdict[Any, list[int]] = defaultdict(list)
-    for index, param in enumerate(params):
-        # The type of an array is its shape and dtype, and its sharding where that is explicit.
-        together[(jax.typeof(param), flags[index]) if rule.takes == "alike" else None].append(index)
+    # The type of an array is its shape and dtype, and its sharding where that is explicit.
+    alike = [(jax.typeof(param), flag) for param, flag in zip(params, flags, strict=True)]
     results: list[Any] = [None] * len(params)
-    for members in together.values():
+    for members in by_key(alike if rule.takes == "alike" else [None] * len(params)).values():
         shared, *columns = ([column[index] for index in members] for column in each)
         for index, *updated in zip(members, *apply(rule, tuple(shared), *columns, counts), strict=True):
             results[index] = tuple(updated)
@@ -73,16 +72,19 @@ def apply(
         return elementwise(_apply_alone, (rule, flags), param, grad, slots, (scalars, counts))
     else:
         return _apply_alone(rule, flags, param, grad, slots, (scalars, counts))
-    restored = functools.partial(_restored, counts)
-    return jax.tree.map(restored, tuple(rule.update(*wide, flags)), (param, slots))
+    return _updated(rule, flags, wide, (param, slots), counts)
 
 
 def _apply_alone(rule: Rule, flags: Any, param: Array, grad: Array, slots: Any, numbers: Any) -> tuple[Any, Any]:
     """Update one real parameter; the numbers are its scalars, and whether the update counts."""
     scalars, counts = numbers
     *wide, flags = _widened(flags, param, grad, slots, scalars)
-    restored = functools.partial(_restored, counts)
-    return jax.tree.map(restored, tuple(rule.update(*wide, flags)), (param, slots))
+    return _updated(rule, flags, wide, (param, slots), counts)
+
+
+def _updated(rule: Rule, flags: Any, wide: Sequence[Any], old: Any, counts: Array | None) -> tuple[Any, Any]:
+    """What the rule makes of widened arrays, in place of the old parameter and slots."""
+    return jax.tree.map(functools.partial(_restored, counts), tuple(rule.update(*wide, flags)), old)
 
 
 def _widened(flags: Any, param: Array, grad: Array, slots: Any, scalars: Any) -> tuple[Any, ...]:
@@ -107,8 +109,7 @@ def _restored(counts: Array | None, new: Any, old: Array) -> Array:
     """A result in the dtype of what it replaces and, where that is part of its type, with its sharding."""
     if np.shape(new) != old.shape:
         raise ValueError(f"update has returned an array of shape {np.shape(new)} for one of shape {old.shape}")
-    new = resharded(jnp.asarray(new).astype(old.dtype), explicit(old))
-    return new if counts is None else jnp.where(counts, new, old)
+    return unless_skipped(counts, resharded(jnp.asarray(new).astype(old.dtype), explicit(old)), old)
 
 
 def _apply_to_halves(

@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from optimjax._core.norms import measured, scalar_limit, scaled_by
 
-__all__ = ["FREE", "UNGUARDED", "Guard", "Limits", "Options", "counted"]
+__all__ = ["FREE", "UNGUARDED", "Guard", "Limits", "Options", "counted", "unless_skipped"]
 
 
 class Options(TypedDict, total=False):
@@ -78,22 +78,22 @@ class Guard:
         """The largest norm as one kind of scalar."""
         return None if self.max_grad_norm is None else scalar_limit("max_grad_norm", self.max_grad_norm)
 
-    @property
-    def measures(self) -> bool:
-        """Whether a step needs the norm of its gradients."""
-        return self.max_grad_norm is not None or bool(self.skip_nonfinite)
-
     def limits(
         self, grads: Sequence[Any], measure: Callable[[Sequence[Any]], tuple[Array, Array]] = measured
     ) -> Limits:
         """How a step by these gradients is held back."""
-        if not self.measures:
+        if self.max_grad_norm is None and not self.skip_nonfinite:
             return FREE
         norm, finite = measure(grads)
         return Limits(norm, self.limit, finite if self.skip_nonfinite else None)
 
 
 UNGUARDED = Guard()
+
+
+def unless_skipped(counts: Array | None, new: Array, old: Array) -> Array:
+    """The new value, or the old one where the step does not count."""
+    return new if counts is None else jnp.where(counts, new, old)
 
 
 def counted(skipped: Any, counts: Any) -> Array:

@@ -10,7 +10,7 @@ from optimjax._core.algorithm import Algorithm, Params, State, check_order
 from optimjax._core.definition import Definition
 from optimjax._core.guard import Guard, Options
 from optimjax._core.hyperparameters import Hyperparameters
-from optimjax._core.states import state_class
+from optimjax._core.states import COUNTS
 from optimjax._core.tree import check_gradient, copied_array, flatten_params, match, names
 
 __all__ = ["Partition", "partition"]
@@ -92,7 +92,7 @@ class Partition(Algorithm):
     @property
     def state_class(self) -> Any:
         """The NamedTuple of the state."""
-        return state_class("Partition", ("skipped",) * bool(self.guard.skip_nonfinite) + tuple(self.algorithms))
+        return self._state_class(tuple(self.algorithms))
 
     def _positions(self, params: Any) -> dict[str, list[int]]:
         """Which leaves each label has.
@@ -181,7 +181,7 @@ def partition(
 def _is_legal(label: Any) -> bool:
     """Whether a field of the state, and an argument of ``update``, can have this name."""
     is_name = isinstance(label, str) and label.isidentifier() and not keyword.iskeyword(label)
-    return is_name and not label.startswith("_") and label not in ("step", "skipped")
+    return is_name and not label.startswith("_") and label not in COUNTS
 
 
 def _only(positions: Sequence[int], values: Sequence[Any]) -> list[Any]:

@@ -8,7 +8,7 @@ else one program makes all slots.
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,9 +20,12 @@ from jax.sharding import NamedSharding
 
 from optimjax._core.contract import Rule
 from optimjax._core.tracing import is_top_level, trace_state
+from optimjax._core.tree import by_key
 from optimjax._storage.placement import along, place, sharding_of
 
 __all__ = ["all_initial_slots", "initial_slots"]
+
+ALIGNED = 64  # bytes: what XLA asks of memory that it takes over
 
 
 def initial_slots(rule: Rule, param: Array, hyper: Any, flags: Any) -> Any:
@@ -59,7 +62,7 @@ def all_initial_slots(rule: Rule, params: Sequence[Array], hypers: Sequence[Any]
     for index, slots in _filled(filled, params):
         made[index] = slots
     where = [(getattr(param.sharding, "mesh", None) or frozenset(param.devices()), param.committed) for param in params]
-    for rest in _by(where, [index for index in range(len(each)) if index not in filled]):
+    for rest in by_key(where, [index for index in range(len(each)) if index not in filled]).values():
         for index, slots in zip(rest, _compiled(rule, [each[index] for index in rest]), strict=True):
             made[index] = slots
     return made
@@ -74,6 +77,10 @@ class Fill(NamedTuple):
     shape: tuple[int, ...]
     dtype: Any
     value: Any
+
+
+def _is_fill(node: Any) -> bool:
+    return isinstance(node, Fill)
 
 
 def _is_on_host(param: Array) -> bool:
@@ -102,15 +109,14 @@ def _fills(rule: Rule, shape: tuple[int, ...], dtype: Any, hyper: Any, flags: An
 
 def _filled(fills: dict[int, Any], params: Sequence[Array]) -> Iterator[tuple[int, Any]]:
     """The arrays, where their parameters are: one transfer for each device."""
-    is_fill = lambda node: isinstance(node, Fill)  # noqa: E731
-    wanted, structure = jax.tree.flatten(fills, is_leaf=is_fill)
+    wanted, structure = jax.tree.flatten(fills, is_leaf=_is_fill)
     homes = [
         _home(fill.shape, params[at])
         for at, of_one in fills.items()
-        for fill in jax.tree.leaves(of_one, is_leaf=is_fill)
+        for fill in jax.tree.leaves(of_one, is_leaf=_is_fill)
     ]
     arrays: list[Any] = [None] * len(wanted)
-    for positions in _by(homes, range(len(wanted))):
+    for positions in by_key(homes).values():
         moved = jax.device_put(_sources([wanted[at] for at in positions]), homes[positions[0]])
         for at, array in zip(positions, moved, strict=True):
             arrays[at] = array
@@ -133,9 +139,6 @@ def _sources(fills: Sequence[Fill]) -> list[np.ndarray]:
         if value != 0:
             memory[dtype, value].fill(value)
     return [memory[dtype, value][: math.prod(shape)].reshape(shape) for shape, dtype, value in fills]
-
-
-ALIGNED = 64  # bytes: what XLA asks of memory that it takes over
 
 
 # --- By one program ---------------------------------------------------------------------------------------------------
@@ -179,11 +182,3 @@ def _home(shape: tuple[int, ...], param: Array) -> Any:
     """Where a slot of this shape is bound to be; ``None`` where it follows whatever it is used with."""
     sharding = param.sharding if param.committed else None
     return along(shape, param.shape, sharding) if isinstance(sharding, NamedSharding) else sharding
-
-
-def _by(keys: Sequence[Any], positions: Iterable[int]) -> list[list[int]]:
-    """The positions in lists, one for each key."""
-    found: defaultdict[Any, list[int]] = defaultdict(list)
-    for position in positions:
-        found[keys[position]].append(position)
-    return list(found.values())

@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 
 import jax
 
-__all__ = ["is_registered", "named_state", "registered", "slots_of", "state_class"]
+__all__ = ["COUNTS", "is_registered", "named_state", "registered", "slots_of", "state_class"]
+
+COUNTS = ("step", "skipped")  # the first fields of an algorithm's state, the second one if steps may be skipped
 
 Class = TypeVar("Class", bound=type)
 _registered: dict[tuple[str, tuple[str, ...]], Any] = {}
@@ -29,7 +31,7 @@ def is_registered(cls: Any) -> bool:
 
 def slots_of(state: Any) -> tuple[str, ...]:
     """The fields of an algorithm's state, or of its class, that are not counts."""
-    return tuple(name for name in state._fields if name not in ("step", "skipped"))
+    return tuple(name for name in state._fields if name not in COUNTS)
 
 
 @functools.cache

@@ -3,8 +3,9 @@
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
-__all__ = ["is_top_level", "trace_state"]
+__all__ = ["holds_tracer", "is_top_level", "trace_state"]
 
 try:
     from jax.extend.core import get_opaque_trace_state as trace_state
@@ -18,3 +19,8 @@ with jax.ensure_compile_time_eval():
 def is_top_level(state: Any) -> bool:
     """Whether this trace state is the one outside of all of JAX's transformations."""
     return state == _TOP_LEVEL
+
+
+def holds_tracer(tree: Any) -> bool:
+    """Whether a leaf of a tree is traced."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))

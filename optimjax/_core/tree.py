@@ -1,6 +1,6 @@
 """Trees of parameters and of gradients: flattening, names of leaves, and gradients that do not fit."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from optimjax._core.sparse import addressed, is_sparse
 from optimjax._storage.placement import sharding_of
 
 __all__ = [
+    "by_key",
     "check_gradient",
     "copied_array",
     "distinct_names",
@@ -25,6 +26,14 @@ __all__ = [
     "names",
     "structure_error",
 ]
+
+
+def by_key(keys: Sequence[Any], positions: Iterable[int] | None = None) -> dict[Any, list[int]]:
+    """The positions that have equal keys, by key; all positions, or these."""
+    found: dict[Any, list[int]] = {}
+    for position in range(len(keys)) if positions is None else positions:
+        found.setdefault(keys[position], []).append(position)
+    return found
 
 
 def dotted(path: Sequence[Any]) -> str:

@@ -5,9 +5,7 @@ from operator import is_
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax import Array
-from jax.core import Tracer
 
 from optimjax._core.apply import apply_each
 from optimjax._core.contract import Rule
@@ -176,16 +174,14 @@ class Bucket:
           skips: whether this one may be.
         """
 
-        def rows_at(skipped: int) -> Any:
+        def rows_at(skipped: int) -> list[Any]:
             rows = []
             for group, step in self._rows:
                 key = group, step + self.store.steps + 1 - (skipped - self.store.before)
                 if key not in known:
                     known[key] = list(map(as_number, self.structure.rule.scalars(key[1], hypers[group])))
                 rows.append(known[key])
-            if any(isinstance(scalar, Tracer) for row in rows for scalar in row):  # the facade inside a `jit`
-                return rows
-            return np.array(rows)
+            return rows
 
         return tally.chosen(rows_at, skips, self.values[0])
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optimjax._core.guard import Guard, Limits
-from optimjax._core.numerics import widened
+from optimjax._core.guard import Guard, unless_skipped
+from optimjax._core.numerics import at_least_float32, widened
 from optimjax._engine.bucket import StepStructure, update_each
 from optimjax._engine.loss_call import CallStructure
 from optimjax._storage.placement import divided
@@ -109,9 +109,9 @@ def _in_micro_batches(
     at_first = [traced[index] for index in changing]
     kind, _, _, some, _ = jax.eval_shape(one, {}, at_first, first)
     written = {index: differentiated[index] for index in some}
-    zeros = jnp.zeros((), widened(jnp.zeros((), kind.dtype)).dtype), written, at_first
     sums = [jnp.zeros_like(widened(param)) for param in differentiated]
-    (loss, written, changed, grads), aux = jax.lax.scan(next_one, (*zeros, sums), parts)
+    start = jnp.zeros((), at_least_float32(kind.dtype)), written, at_first, sums
+    (loss, written, changed, grads), aux = jax.lax.scan(next_one, start, parts)
     mean = [grad / call.micro_batches for grad in grads]
     return (loss / call.micro_batches).astype(kind.dtype), aux, changed, written, mean
 
@@ -166,17 +166,12 @@ def update_from_loss(
     """
     loss, aux, changed, written, grads = evaluate(loss_fn, call, differentiated, traced)
     limits = Guard(limit, skips).limits(grads)
-    params = [_unless_skipped(written.get(index), param, limits) for index, param in enumerate(differentiated)]
+    params = list(differentiated)
+    for index, value in written.items():
+        params[index] = unless_skipped(limits.counts, value, params[index])
     updated = [
         update_each(bucket, kept, [params[i] for i in positions], [grads[i] for i in positions], row, limits)
         for bucket, positions, kept, row in zip(step.buckets, step.positions, slots, rows, strict=True)
     ]
     new_slots, new_params = [new for new, _ in updated], [new for _, new in updated]
     return new_slots, new_params, loss, packed(aux), changed, limits.norm, limits.counts
-
-
-def _unless_skipped(written: Array | None, param: Array, limits: Limits) -> Array:
-    """What a loss has written into a parameter, if it has and the step counts."""
-    if written is None:
-        return param
-    return written if limits.counts is None else jnp.where(limits.counts, written, param)

@@ -23,7 +23,7 @@ from optimjax._core.tree import dotted
 from optimjax._engine.interned import interned
 from optimjax._params.parameter import Parameter, value_of
 from optimjax._params.snapshot import Snapshot
-from optimjax._params.variable import VariableParameter, holds_array, read, write
+from optimjax._params.variable import VariableParameter, read, write
 from optimjax._storage.placement import pin, pinned
 
 __all__ = ["CallCache", "CallStructure", "LossArguments", "LossCall"]
@@ -74,7 +74,6 @@ class Role(enum.Enum):
     PARAMETER = enum.auto()  # before it is known whether it is differentiated or traced
 
 
-_NOT_LEAVES = {tuple, list, dict, int, float, bool, str, type(None), np.ndarray}
 Leaf = tuple[Role, Any]  # with the index among what has this role; of what is static, the leaf itself
 
 
@@ -192,10 +191,8 @@ class LossCall:
                 traced.append(own_memory(from_tensor(value_of(leaves[source]))))
             elif isinstance(source, jax.Array):
                 traced.append(source)
-            elif holds_array(source):
-                traced.append(read(source))
             else:
-                traced.extend(jax.tree.leaves(source.get_value()))
+                traced.extend(jax.tree.leaves(read(source)))
         values = [parameter.value for parameter in self.parameters]
         call = LossCall(self.structure, self.parameters, self.variables, self.sources, values, traced)
         if jax.device_count() > 1:
@@ -210,11 +207,8 @@ class LossCall:
             self.parameters[index]._write(value)
         values = iter(changed)
         for variable in self.variables:
-            if holds_array(variable):
-                write(variable, next(values))
-            else:
-                leaves, treedef = jax.tree.flatten(variable.get_value())
-                variable.set_value(treedef.unflatten([next(values) for _ in leaves]))
+            leaves, treedef = jax.tree.flatten(read(variable))
+            write(variable, treedef.unflatten([next(values) for _ in leaves]))
 
 
 class CallCache:
@@ -248,12 +242,12 @@ class CallCache:
             _check_divides(whole, roles, how[1], len(model))
         key = (treedef, roles, types, list(map(id, wanted)), how)
         if key != self._key or not self._snapshot.holds(modules):
+            before, self._key = self._key, None  # for an interrupt in between
             structure = _structure(modules)
-            if structure is None or structure != self._structure or key != self._key:
-                self._key = None  # for an interrupt in between
+            if structure is None or (key, structure) != (before, self._structure):
                 self._call = _Parts(wanted).of_call(treedef, roles, modules, *how)
-                self._structure, self._key = structure, key
-            self._snapshot = Snapshot(modules)
+            self._structure, self._snapshot = structure, Snapshot(modules)
+            self._key = key
         return self._call.filled(leaves)
 
     def __reduce__(self) -> Any:
@@ -277,6 +271,9 @@ def _role(leaf: Any, fixed: bool) -> Leaf:
             "tree of arrays, and cannot be compiled in: give the arrays in it"
         ) from None
     return Role.STATIC, leaf
+
+
+_NOT_LEAVES = {tuple, list, dict, int, float, bool, str, type(None), np.ndarray}
 
 
 def _is_leaf(x: Any) -> bool:

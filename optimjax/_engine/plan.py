@@ -2,8 +2,8 @@
 
 import functools
 import itertools
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, MutableMapping, Sequence, Set
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence, Set
 from operator import is_
 from typing import Any
 
@@ -13,7 +13,7 @@ from jax import Array
 from optimjax._core.definition import Definition, of_group
 from optimjax._core.guard import Limits
 from optimjax._core.reading import as_count, read_slot
-from optimjax._core.tree import check_gradient, copied_array
+from optimjax._core.tree import by_key, check_gradient, copied_array
 from optimjax._engine.bucket import Bucket, Member, StepStructure
 from optimjax._engine.handover import Call, Handover, kinds
 from optimjax._engine.interned import interned
@@ -205,7 +205,7 @@ class Planner:
                     members.append(
                         Member(parameter, value, grad_kind, index, definition, flags, kept, known, slots, step)
                     )
-        for definition, positions in _by(lambda member: member.definition, members, list(missing)):
+        for definition, positions in _by_definition(members, missing).items():
             values, all_flags = ([getattr(members[at], field) for at in positions] for field in ("value", "flags"))
             hypers = [resolved[members[at].group][0] for at in positions]
             for at, slots in zip(positions, definition.slots(values, hypers, all_flags), strict=True):
@@ -279,7 +279,7 @@ def layout(members: Sequence[Member]) -> list[list[int]]:
     has its own buckets; one that takes all parameters at once has one.
     """
     result = []
-    for definition, positions in _by(lambda member: member.definition, members):
+    for definition, positions in _by_definition(members).items():
         whole, rest = definition.arithmetic.takes == "all", positions
         if not whole and len(positions) > MIXED:
             rest = []
@@ -295,7 +295,7 @@ def layout(members: Sequence[Member]) -> list[list[int]]:
 def bounded_layout(members: Sequence[Member]) -> list[list[int]]:
     """Split each shape into runs of 64, 32, ..., 1: at most seven programs, whichever parameters have gradients."""
     result = []
-    for definition, of_one in _by(lambda member: member.definition, members):
+    for definition, of_one in _by_definition(members).items():
         if definition.arithmetic.takes == "all":
             result.append(of_one)
             continue
@@ -318,17 +318,13 @@ def _runs(members: Sequence[Member], positions: Sequence[int]) -> list[list[int]
 
 def in_order(members: Sequence[Member], order: Sequence[int]) -> list[list[int]]:
     """One bucket for each algorithm, its parameters in this order."""
-    return [sorted(part, key=order.__getitem__) for _, part in _by(lambda member: member.definition, members)]
+    return [sorted(part, key=order.__getitem__) for part in _by_definition(members).values()]
 
 
-def _by(key: Callable[[Member], Any], members: Sequence[Member], positions: Sequence[int] | None = None) -> Any:
-    """Positions of members that agree in a key, together."""
-    found: defaultdict[Any, list[int]] = defaultdict(list)
-    for position in range(len(members)) if positions is None else positions:
-        found[key(members[position])].append(position)
-    return list(found.items())
+def _by_definition(members: Sequence[Member], positions: Iterable[int] | None = None) -> dict[Any, list[int]]:
+    return by_key([member.definition for member in members], positions)
 
 
 def _alike(members: Sequence[Member], positions: Sequence[int]) -> list[list[int]]:
     """Positions of members that compile alike, together."""
-    return [part for _, part in _by(lambda member: member.signature, members, positions)]
+    return list(by_key([member.signature for member in members], positions).values())

@@ -5,7 +5,6 @@ one shape.
 """
 
 import functools
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.core import Tracer
 
 from optimjax._core.norms import all_finite, measured, plus, real_dtype, root_of, sum_of_powers
+from optimjax._core.tracing import holds_tracer
+from optimjax._core.tree import by_key
 
 __all__ = ["has_program", "in_portions", "measure", "norm_in_portions", "portions"]
 
@@ -26,10 +26,9 @@ _seen: set[Any] = set()  # the selections of gradients that have a program of th
 
 def has_program(grads: list[Any], limit: Any) -> bool:
     """Whether these gradients go into one program: always while JAX traces, which compiles what is around."""
-    leaves = jax.tree.leaves(grads)
-    if any(isinstance(leaf, Tracer) for leaf in (limit, *leaves)):
+    if holds_tracer((limit, grads)):
         return True
-    selection = tuple(map(_kind, leaves))
+    selection = tuple(map(_kind, jax.tree.leaves(grads)))
     if len(_seen) < SELECTIONS:
         _seen.add(selection)
     return selection in _seen
@@ -41,9 +40,7 @@ def _kind(leaf: Any) -> Any:
 
 def portions(grads: Sequence[Any]) -> list[list[int]]:
     """Positions of gradients that compile alike, 64, 32, ..., 2 or 1 at a time: seven programs for a shape."""
-    alike: defaultdict[Any, list[int]] = defaultdict(list)
-    for position, grad in enumerate(grads):
-        alike[jax.tree.structure(grad), *map(_kind, jax.tree.leaves(grad))].append(position)
+    alike = by_key([(jax.tree.structure(grad), *map(_kind, jax.tree.leaves(grad))) for grad in grads])
     result, size = [], PORTION
     while size:
         for positions in alike.values():

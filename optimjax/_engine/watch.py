@@ -10,6 +10,8 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from optimjax._core.guard import counted
+from optimjax._core.tracing import holds_tracer
 from optimjax._storage.placement import whole
 
 __all__ = ["Tally", "Watch"]
@@ -54,21 +56,18 @@ class Tally(NamedTuple):
         return jnp.int32(self.known) + _skipped(self.pending)
 
     def chosen(self, rows_at: Callable[[int], Any], skips: bool, like: Any) -> Any:
-        """The scalars of a step, where ``rows_at`` has them for a number of skipped steps.
+        """The scalars of a step as one array, where ``rows_at`` lists them for a number of skipped steps.
 
         An optimizer that ``skips`` has them on the device always, where its parameters are (``like`` is one): in
         another place they would be compiled for once more.
         """
         if not self.pending and not skips:
-            return rows_at(self.known)
+            return _array(rows_at(self.known))
         outcomes = [rows_at(self.known + more) for more in range(len(self.pending) + 1)]
         missing = max(AHEAD - len(self.pending), 0)  # filled up, so that one program does for any number
         outcomes += outcomes[-1:] * missing
         where = whole(like)
-        pending = *self.pending, *[_true_at(where)] * missing
-        if _traced((outcomes, pending)):
-            return _choose(outcomes, pending)
-        rows = _choose(np.array(outcomes), pending)
+        rows = _choose(_array(outcomes), (*self.pending, *[_true_at(where)] * missing))
         return rows if where is None else jax.device_put(rows, where)
 
 
@@ -86,7 +85,7 @@ class Watch:
 
 
 def _skipped(pending: tuple[Any, ...]) -> Array:
-    return sum((jnp.where(counts, 0, 1).astype(jnp.int32) for counts in pending), start=jnp.int32(0))
+    return functools.reduce(counted, pending, jnp.int32(0))
 
 
 def _has_run(counts: Any) -> bool:
@@ -99,8 +98,8 @@ def _true_at(where: Any) -> Any:
     return np.True_ if where is None else jax.device_put(np.True_, where)
 
 
-def _traced(values: Any) -> bool:
-    return any(isinstance(value, Tracer) for value in jax.tree.leaves(values))
+def _array(rows: list[Any]) -> Any:
+    return rows if holds_tracer(rows) else np.array(rows)  # traced by the facade inside a `jit`
 
 
 @jax.jit

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from optimjax._core.algorithm import Algorithm, function_name
 from optimjax._core.containers import as_array, not_deleted
@@ -15,7 +14,8 @@ from optimjax._core.definition import Definition, of_group
 from optimjax._core.hyperparameters import Ignored, Numeric
 from optimjax._core.partition import Partition, partition
 from optimjax._core.reading import read_slot
-from optimjax._core.states import slots_of
+from optimjax._core.states import COUNTS, slots_of
+from optimjax._core.tracing import holds_tracer
 from optimjax._core.tree import copied_array, dotted
 from optimjax._engine.state import ParameterState
 from optimjax._params.handed import Handed, name_of
@@ -84,7 +84,7 @@ def _parts(own: Definition, groups: Groups) -> dict[str, Part]:
 def _legal_label(name: str) -> str:
     """The name of a function as the name of a field of a state."""
     name = name.lstrip("_")
-    return f"{name}_" if keyword.iskeyword(name) or name in ("step", "skipped") else name
+    return f"{name}_" if keyword.iskeyword(name) or name in COUNTS else name
 
 
 def hyperparameters(definition: Definition, groups: Groups, handed: Handed) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def _as_array(value: Any) -> Any:
 
 def _equal(a: Any, b: Any) -> bool:
     """Whether two values are known to be equal; tracers are only where they are the same one."""
-    return a is b or (not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((a, b))) and bool(a == b))
+    return a is b or (not holds_tracer((a, b)) and bool(a == b))
 
 
 def functional_state(

@@ -26,44 +26,46 @@ class Snapshot:
         self._names: list[str] = []  # as they were
         self._values: list[Any] = []
         self._variables: list[Any] = []
-        self._is_judged = True
+        self._is_judged = self._note_all(list(modules))
+
+    def _note_all(self, left: list[Any]) -> bool:
+        """Note modules, variables and all that they hold; whether all of it can be judged."""
         seen: set[int] = set()
-        left = list(modules)
-        while left and self._is_judged:
+        while left:
             node = left.pop()
             if id(node) not in seen:
                 seen.add(id(node))
-                left += self._noted(node)
+                held = self._held(node)
+                if held is None:
+                    return False
+                left += held
+        return True
 
-    def _noted(self, node: Any) -> list[Any]:
-        """Note a module or a variable; return the modules and variables that it holds."""
+    def _held(self, node: Any) -> list[Any] | None:
+        """Note a module or a variable; the modules and variables that it holds, ``None`` if it cannot be judged."""
         flax_nnx = nnx()
         if isinstance(node, flax_nnx.Variable):
-            self._is_judged = holds_array(node)
-            if self._is_judged:
-                self._variables.append(node)
-                self._note(node._var_metadata)
+            if not holds_array(node):
+                return None
+            self._variables.append(node)
+            self._note(node._var_metadata)
             return []
         # Which attributes hold arrays: a mapping that flax.nnx never edits, but replaces.
         nodes: Any = getattr(node, "_pytree__nodes", None)
-        self._is_judged = getattr(node, "_pytree__is_pytree", False) and isinstance(nodes, Mapping)
-        if not self._is_judged:
-            return []
+        if not getattr(node, "_pytree__is_pytree", False) or not isinstance(nodes, Mapping):
+            return None
         self._note(vars(node))
         held = [
             value
             for name, value in vars(node).items()  # the names of the items of a list may be integers
             if value is not None and nodes.get(name) and not str(name).startswith("_pytree__")
         ]
-        self._is_judged = all(isinstance(value, (flax_nnx.Pytree, flax_nnx.Variable)) for value in held)
-        return held
+        return held if all(isinstance(value, (flax_nnx.Pytree, flax_nnx.Variable)) for value in held) else None
 
-    def _note(self, attributes: Any) -> None:
-        self._is_judged = isinstance(attributes, dict)
-        if self._is_judged:
-            self._attributes.append(attributes)
-            self._names += attributes
-            self._values += attributes.values()
+    def _note(self, attributes: dict[str, Any]) -> None:
+        self._attributes.append(attributes)
+        self._names += attributes
+        self._values += attributes.values()
 
     def holds(self, modules: Sequence[Any]) -> bool:
         """Whether these are the same modules, and nothing has changed."""

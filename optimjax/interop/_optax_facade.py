@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.core import Tracer
 
 from optimjax._core.algorithm import Algorithm
 from optimjax._core.containers import own_memory
 from optimjax._core.definition import as_number, names_of_others
 from optimjax._core.reading import as_count
 from optimjax._core.sparse import is_sparse
+from optimjax._core.tracing import holds_tracer
 from optimjax._core.tree import check_gradient, copied_array, dotted
 from optimjax._engine.handover import Call, Launch, kinds
 from optimjax._engine.interned import interned
@@ -258,8 +258,7 @@ class FromOptax(Optimizer):
         )
         resolved = (self._stepper.planner.resolved(self.param_groups, index) for index in range(len(self.param_groups)))
         rates = [as_number(hyper.lr) for hyper, _ in resolved]
-        traced = any(isinstance(rate, Tracer) for rate in rates)
-        return problem, kept, values, rates if traced else np.array(rates)
+        return problem, kept, values, rates if holds_tracer(rates) else np.array(rates)
 
     def _commit(self, parameters: Sequence[Parameter], before: Kept, results: list[Any]) -> list[tuple[Any, str, Any]]:
         """Write results; see :class:`optimjax._engine.handover.Launch`."""
