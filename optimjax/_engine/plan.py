@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from jax import Array
+from jax.core import Tracer
 
 from optimjax._core.definition import Definition, of_group
 from optimjax._core.guard import Limits
@@ -128,6 +129,7 @@ class Planner:
         key = together, sizes, definitions, flags, parameters, list(grads), structure, kinds(leaves)
         plan = self.plan
         if plan is None or plan.key != key or not all(bucket.fits(state) for bucket in plan.buckets):
+            _check_known(tally)
             if twice := [p for p, count in Counter(parameters).items() if count > 1]:
                 names = ", ".join(name_of(parameter, groups) for parameter in twice[:3])
                 raise ValueError(f"a parameter appears more than once in the groups, which were edited: {names}")
@@ -211,6 +213,15 @@ class Planner:
             for at, slots in zip(positions, definition.slots(values, hypers, all_flags), strict=True):
                 members[at] = members[at]._replace(slots=slots._replace(**missing[at]))
         return members
+
+
+def _check_known(tally: Tally) -> None:
+    """Raise where only values that JAX traces tell how many updates were done, and so which parameters go together."""
+    if isinstance(tally.total, Tracer):
+        raise RuntimeError(
+            "inside a function that JAX traces, a step after one that may have been skipped must be of the same kind, "
+            "with gradients for the same parameters: take optimizer.algorithm and functional_state() there"
+        )
 
 
 def _check_not_moved(

@@ -326,6 +326,17 @@ def test_in_a_trace_of_your_own() -> None:
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), params, optimizer.params)
 
 
+def test_in_a_trace_of_your_own_steps_after_a_skipped_one_must_be_alike() -> None:
+    def train(params: Any, grads: Any) -> Any:
+        optimizer = optim.Adam(params, lr=0.1, skip_nonfinite=True)
+        optimizer.step(grads)
+        optimizer.step({**grads, "b": None})
+        return optimizer.params
+
+    with pytest.raises(RuntimeError, match=r"must be of the same kind.* take optimizer.algorithm"):
+        jax.jit(train)(START, GOOD)
+
+
 # --- The functional core ----------------------------------------------------------------------------------------------
 
 
