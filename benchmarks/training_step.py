@@ -10,17 +10,18 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
 from flax import nnx
 
-import optimjax as optim
+from optimjax._command.neighbours import Neighbours
 from optimjax._command.timing import interleaved
+from optimjax._command.training import DECAY, RATE, by_class, by_flax, by_hand, by_torch
+from optimjax._command.workloads import optax_update
 
-RATE, BATCH, WIDTH, LAYERS, HEADS, LENGTH, WORDS = 1e-3, 128, 128, 4, 4, 32, 64
+BATCH, WIDTH, LAYERS, HEADS, LENGTH, WORDS = 128, 128, 4, 4, 32, 64
 
 
 class Layers(nnx.Module):
@@ -64,54 +65,6 @@ class Transformer(nnx.Module):
         return self.head(x)
 
 
-def loss_fn(model: Any, x: Any, y: Any) -> Any:
-    return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
-
-
-def by_class(model: Any, x: Any, y: Any, donate: bool = False, **options: Any) -> Callable[[], Any]:
-    optimizer = optim.AdamW(model, lr=RATE, **options)
-    optimizer.donate = donate
-    return lambda: optimizer.step(loss_fn, x, y)
-
-
-def by_flax(model: Any, x: Any, y: Any, cached: bool) -> Callable[[], Any]:
-    @nnx.jit
-    def step(model: Any, optimizer: Any, x: Any, y: Any) -> Any:
-        loss, grads = nnx.value_and_grad(loss_fn)(model, x, y)
-        optimizer.update(model, grads)
-        return loss
-
-    optimizer = nnx.Optimizer(model, optax.adamw(RATE, weight_decay=1e-2), wrt=nnx.Param)
-    if cached:
-        partial = nnx.cached_partial(step, model, optimizer)
-        return lambda: partial(x, y)
-    return lambda: step(model, optimizer, x, y)
-
-
-def by_hand(model: Any, x: Any, y: Any) -> Callable[[], Any]:
-    """A compiled function of flat lists of arrays, which are updated in place: the least that a call can cost."""
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-    leaves, treedef = jax.tree.flatten(params)
-    tx = optax.adamw(RATE, weight_decay=1e-2)
-    state, structure = jax.tree.flatten(tx.init(leaves))
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(leaves: Any, state: Any, x: Any, y: Any) -> Any:
-        def loss_of(leaves: Any) -> Any:
-            return loss_fn(nnx.merge(graph, jax.tree.unflatten(treedef, leaves), rest), x, y)
-
-        loss, grads = jax.value_and_grad(loss_of)(leaves)
-        updates, after = tx.update(grads, jax.tree.unflatten(structure, state), leaves)
-        return optax.apply_updates(leaves, updates), jax.tree.leaves(after), loss
-
-    def run() -> Any:
-        nonlocal leaves, state
-        leaves, state, loss = step(leaves, state, x, y)
-        return loss
-
-    return run
-
-
 class TorchBlock(torch.nn.Module):
     """The same block."""
 
@@ -137,48 +90,28 @@ def torch_transformer() -> Any:
     return torch.nn.Sequential(torch.nn.Embedding(WORDS, WIDTH), *blocks, torch.nn.Linear(WIDTH, WORDS))
 
 
-def by_torch(model: Any, x: Any, y: Any, compiled: bool, **options: Any) -> Callable[[], Any]:
-    x, y = torch.tensor(np.asarray(x)), torch.tensor(np.asarray(y)).long()
-    x = x.long() if x.dtype == torch.int32 else x
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, **options)
-
-    def forward_and_back() -> Any:
-        scores = model(x)
-        loss = torch.nn.functional.cross_entropy(scores.flatten(0, -2), y.flatten())
-        loss.backward()
-        return loss
-
-    inner = torch.compile(forward_and_back) if compiled else forward_and_back
-
-    def run() -> Any:
-        optimizer.zero_grad()
-        loss = inner()
-        optimizer.step()
-        return float(loss.detach())
-
-    return run
-
-
 def in_jax(make: Callable[[], Any], x: Any, y: Any) -> dict[str, Callable[[], Any]]:
+    tx = optax.adamw(RATE, weight_decay=DECAY)
     return {
         "step(loss_fn, x, y)": by_class(make(), x, y),
         "  donate = True": by_class(make(), x, y, donate=True),
         "  max_grad_norm": by_class(make(), x, y, max_grad_norm=1.0),
         "  max_grad_norm, skip_nonfinite": by_class(make(), x, y, max_grad_norm=1.0, skip_nonfinite=True),
-        "nnx.jit": by_flax(make(), x, y, cached=False),
-        "nnx.cached_partial": by_flax(make(), x, y, cached=True),
-        "jax.jit of flat lists": by_hand(make(), x, y),
+        "nnx.jit": by_flax(make(), x, y, optax),
+        "nnx.cached_partial": by_flax(make(), x, y, optax, cached=True),
+        "jax.jit of flat lists": by_hand(make(), x, y, tx.init, optax_update(tx)),
     }
 
 
 def in_torch(make: Callable[[], Any], torch_model: Callable[[], Any], x: Any, y: Any, compiled: bool) -> Any:
+    step = functools.partial(by_torch, Neighbours.find(), x=np.asarray(x), y=np.asarray(y))
     runs = {
         "step(loss_fn, x, y)": by_class(make(), x, y),
-        "PyTorch, eager": by_torch(torch_model(), x, y, compiled=False),
-        "PyTorch, eager, fused=True": by_torch(torch_model(), x, y, compiled=False, fused=True),
+        "PyTorch, eager": step(model=torch_model()),
+        "PyTorch, eager, fused=True": step(model=torch_model(), fused=True),
     }
     if compiled:
-        runs["torch.compile, fused=True"] = by_torch(torch_model(), x, y, compiled=True, fused=True)
+        runs["torch.compile, fused=True"] = step(model=torch_model(), compiled=True, fused=True)
     return runs
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from optimjax._command.machine import facts
 from optimjax._command.neighbours import Neighbours
 from optimjax._command.timing import Timings, interleaved, timed
-from optimjax._command.workloads import SETS, Contenders, Shapes, sweeps, training_steps, updates
+from optimjax._command.training import training_steps
+from optimjax._command.workloads import SETS, Contenders, Shapes, sweeps, updates
 
 __all__ = ["CASES", "lines", "measure"]
 

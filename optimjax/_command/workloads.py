@@ -1,9 +1,8 @@
-"""What is timed: updates by given gradients, whole training steps, and sweeps, each by several libraries.
+"""What is timed: updates by given gradients and sweeps, each by several libraries; see `training.py` for whole steps.
 
 A contender is a function without arguments that takes one step and returns the arrays to wait for.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import optimjax as optim
 from optimjax import functional as F
 from optimjax._command.neighbours import Neighbours
+from optimjax._command.training import cross_entropy
 
 __all__ = [
     "SETS",
@@ -31,7 +31,6 @@ __all__ = [
     "sweeps",
     "torch_training",
     "train",
-    "training_steps",
     "updates",
 ]
 
@@ -158,89 +157,6 @@ def updates(neighbours: Neighbours, shapes: Shapes) -> Contenders:
         for kind in ("foreach", "fused"):
             runs[f"PyTorch, {kind}"] = by_torch(neighbours, "AdamW", values, {"lr": 1e-3, kind: True})
     return runs
-
-
-# --- One training step: value, gradient and update --------------------------------------------------------------------
-
-WIDTHS, BATCH = (784, 256, 256, 10), 128
-
-
-def cross_entropy(scores: Any, labels: Any) -> Any:
-    """The mean over the batch."""
-    return -jnp.take_along_axis(jax.nn.log_softmax(scores), labels[:, None], axis=1).mean()
-
-
-def training_steps(neighbours: Neighbours) -> Contenders:
-    """A multilayer perceptron with AdamW by all that are there."""
-    from flax import nnx
-
-    rng = np.random.default_rng(0)
-    images = rng.normal(size=(BATCH, WIDTHS[0])).astype(np.float32)
-    digits = rng.integers(0, WIDTHS[-1], BATCH).astype(np.int32)
-    x, y = jnp.asarray(images), jnp.asarray(digits)
-
-    def model() -> Any:
-        rngs, parts = nnx.Rngs(0), []
-        for inputs, outputs in itertools.pairwise(WIDTHS):
-            parts += [nnx.Linear(inputs, outputs, rngs=rngs), nnx.relu]
-        return nnx.Sequential(*parts[:-1])
-
-    def loss_fn(model: Any, x: Any, y: Any) -> Any:
-        return cross_entropy(model(x), y)
-
-    optimizer = optim.AdamW(model(), lr=1e-3)
-    runs: Contenders = {"optimjax, step(loss_fn)": lambda: optimizer.step(loss_fn, x, y)}
-    graph, params = nnx.split(model())
-    adamw = F.adamw(lr=1e-3)
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def pure(params: Any, state: Any) -> Any:
-        loss, grads = jax.value_and_grad(lambda params: loss_fn(nnx.merge(graph, params), x, y))(params)
-        return *adamw.update(params, grads, state), loss
-
-    held = [params, adamw.init(params)]
-
-    def run() -> Any:
-        *held[:], loss = pure(*held)
-        return loss
-
-    runs["optimjax, function in jax.jit"] = run
-    if neighbours.optax is not None:
-        theirs = model()
-        wrapped = nnx.Optimizer(theirs, neighbours.optax.adamw(1e-3, weight_decay=1e-2), wrt=nnx.Param)
-
-        @nnx.jit
-        def train_step(model: Any, optimizer: Any, x: Any, y: Any) -> Any:
-            loss, grads = nnx.value_and_grad(loss_fn)(model, x, y)
-            optimizer.update(model, grads)
-            return loss
-
-        runs["nnx.jit, nnx.Optimizer, optax"] = lambda: train_step(theirs, wrapped, x, y)
-    if neighbours.torch is not None:
-        for kind in (None, True):
-            name = f"PyTorch, {'fused' if kind else 'default'}"
-            runs[name] = _torch_step(neighbours, WIDTHS, neighbours.tensor(images), neighbours.tensor(digits), kind)
-    return runs
-
-
-def _torch_step(
-    neighbours: Neighbours, widths: Sequence[int], images: Any, digits: Any, fused: bool | None
-) -> Callable[[], Any]:
-    torch: Any = neighbours.torch
-    layers: list[Any] = []
-    for inputs, outputs in itertools.pairwise(widths):
-        layers += [torch.nn.Linear(inputs, outputs), torch.nn.ReLU()]
-    model = torch.nn.Sequential(*layers[:-1]).to(images.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
-    criterion, digits = torch.nn.CrossEntropyLoss(), digits.long()
-
-    def run() -> None:
-        optimizer.zero_grad()
-        criterion(model(images), digits).backward()
-        optimizer.step()
-        neighbours.wait()
-
-    return run
 
 
 # --- A sweep of learning rates ----------------------------------------------------------------------------------------
