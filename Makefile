@@ -29,11 +29,11 @@ help: ## list the commands
 demo: .venv/demo ## train on the handwritten digits and compare optimizers
 	$(BIN)/python -m optimjax demo
 
-test: ## the checks of a change, in about ten minutes on two cores
-	@echo "About ten minutes on two cores, the installation included; 'make test-thorough' takes half an hour."
+test: ## the checks of a change, in about twelve minutes on two cores
+	@echo "About twelve minutes on two cores, the installation included; 'make test-thorough' takes half an hour."
 	@echo "1/3 formatting, lint and types (1 minute)"
 	@$(MAKE) --no-print-directory lint
-	@echo "2/3 tests and doctests (5 minutes)"
+	@echo "2/3 tests and doctests (8 minutes)"
 	@$(MAKE) --no-print-directory check
 	@echo "3/3 what depends most on JAX, on the newest one (3 minutes)"
 	@$(MAKE) --no-print-directory newest
